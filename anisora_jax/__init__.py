@@ -1,0 +1,1 @@
+"""Animation video diffusion transformers in JAX: train, sample, evaluate, convert."""

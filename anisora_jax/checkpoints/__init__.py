@@ -1,0 +1,1 @@
+"""States on disk: saved asynchronously, sharded, verified, restored onto any mesh."""

@@ -1,0 +1,1 @@
+"""How good a clip is: numbers per clip, their baselines and the page that shows them."""

@@ -1,0 +1,1 @@
+"""Records of clips and the Grain pipeline that turns them into batches."""

@@ -1,0 +1,1 @@
+"""Networks and codecs. They know tokens and shapes, never noise or training."""

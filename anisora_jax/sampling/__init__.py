@@ -1,0 +1,1 @@
+"""From noise to films: plans, solvers, guidance and the writer of pictures."""
