@@ -1,6 +1,6 @@
 """The letters of every shape, and the array types built from them.
 
-b batch · f latent frame · h w latent row, column · c latent channel · m pixel frames of a latent frame (temporal stride)
+b batch · f latent frame · h w latent row, column · c latent channel · m pixel frames of a latent frame
 n tokens of one frame · l tokens of a clip (f n) · s text token · e width of a text token · d width · k head dim
 F H W frame, row, column of pixels · t noise time, 0 clean .. 1 noise
 """

@@ -1,0 +1,82 @@
+"""Norms, linear layers, time modulation, patches: what transformers over video tokens share."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from jax.nn import initializers
+from jaxtyping import Array, Float, Shaped
+
+SPREAD = initializers.xavier_uniform()
+SMALL = initializers.normal(0.02)
+
+
+def linear(width: int, name: str, dtype, init=SPREAD) -> nn.Dense:
+  """A linear layer with bias: parameters f32, arithmetic in `dtype`."""
+  return nn.Dense(width, dtype=dtype, kernel_init=init, name=name)
+
+
+def layer_norm(x: Float[Array, "*b d"], eps: float = 1e-6) -> Float[Array, "*b d"]:
+  """Zero mean and unit variance over d, without parameters, in f32."""
+  x = x.astype(jnp.float32)
+  mean = x.mean(-1, keepdims=True)
+  return (x - mean) / jnp.sqrt(jnp.square(x - mean).mean(-1, keepdims=True) + eps)
+
+
+class LayerNorm(nn.Module):
+  """`layer_norm` followed by a learned scale and shift, in f32."""
+
+  eps: float = 1e-6
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+    scale = self.param("scale", initializers.ones, x.shape[-1:])
+    return layer_norm(x, self.eps) * scale + self.param("bias", initializers.zeros, x.shape[-1:])
+
+
+class RMSNorm(nn.Module):
+  """Unit root mean square over d with a learned scale, in f32; returns x's dtype."""
+
+  eps: float = 1e-6
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+    scale = self.param("scale", initializers.ones, x.shape[-1:])
+    wide = x.astype(jnp.float32)
+    return (wide / jnp.sqrt(jnp.square(wide).mean(-1, keepdims=True) + self.eps) * scale).astype(x.dtype)
+
+
+class MLP(nn.Module):
+  """Linear, GELU, linear. tanh: whether GELU is the tanh approximation."""
+
+  hidden: int
+  width: int
+  dtype: object
+  init: object = SPREAD
+  activation: object = nn.gelu
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
+    hidden = self.activation(linear(self.hidden, "up", self.dtype, self.init)(x))
+    return linear(self.width, "down", self.dtype, self.init)(hidden)
+
+
+def waves(t: Float[Array, "*b"], width: int) -> Float[Array, "*b width"]:
+  """Sinusoidal embedding of a noise time, cosines first. t: 0 clean .. 1 noise; the network sees 1000 t.
+
+  From: Vaswani et al. 2017, arXiv:1706.03762, with the frequencies 10000^(-i / (width/2)).
+  """
+  # f32: at 1000 t a bf16 angle is off by whole turns.
+  frequency = jnp.asarray(10000.0 ** (-np.arange(width // 2) / (width // 2)), jnp.float32)
+  angle = 1000.0 * t.astype(jnp.float32)[..., None] * frequency
+  return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+
+
+def to_patches(x: Shaped[Array, "b f h w c"], p: int) -> Shaped[Array, "b f n i"]:
+  """Cuts each frame into p x p patches, i = c p p, rows before columns; refuses sides that do not divide."""
+  return rearrange(x, "b f (h p) (w q) c -> b f (h w) (c p q)", p=p, q=p)
+
+
+def from_patches(x: Shaped[Array, "b f n i"], p: int, h: int, w: int) -> Shaped[Array, "b f h w c"]:
+  """Joins patches to frames of h x w; inside a patch the channel runs fastest (Wan's unpatchify)."""
+  return rearrange(x, "b f (h w) (p q c) -> b f (h p) (w q) c", h=h // p, w=w // p, p=p, q=p)

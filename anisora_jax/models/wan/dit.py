@@ -1,0 +1,201 @@
+"""The Wan video transformer: noisy latents, noise times, what is given and text -> velocity.
+
+Tokens keep their frame axis, `[b, f, n, d]`, so one noise time a frame modulates as `[b, f, 1, 6, d]` by broadcasting:
+a vector of times costs what a scalar costs. One block (m = learned + time, six vectors shift, scale, gate twice):
+  x <- x + gate1 SelfAttention(LN(x)(1 + scale1) + shift1)
+  x <- x + CrossAttention(LN'(x), text) [+ the same queries over image tokens]
+  x <- x + gate2 MLP(LN(x)(1 + scale2) + shift2)
+From: Wan 2.1, arXiv:2503.20314 (wan/modules/model.py).
+"""
+
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jax.nn import initializers
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+
+from anisora_jax.models import rope
+from anisora_jax.models.attention import PATTERNS, to_text
+from anisora_jax.models.blocks import (
+  MLP,
+  SMALL,
+  LayerNorm,
+  RMSNorm,
+  from_patches,
+  layer_norm,
+  linear,
+  to_patches,
+  waves,
+)
+from anisora_jax.models.wan.sizes import Size
+from anisora_jax.parallel.mesh import BATCH
+from anisora_jax.parallel.placement import TOKENS, hold
+from anisora_jax.parallel.ring import SAVED
+from anisora_jax.shapes import Latents, Text, Tokens
+
+POLICIES = jax.checkpoint_policies
+# What a block keeps for its backward pass; name in configs -> policy. "attention" keeps the output of self-attention
+# and its log-sum-exp, so that the most expensive part of a long clip is never computed twice.
+REMAT = {
+  "none": POLICIES.everything_saveable,
+  "attention": POLICIES.save_only_these_names(SAVED),
+  "matmuls": POLICIES.dots_with_no_batch_dims_saveable,
+  "full": POLICIES.nothing_saveable,
+}
+
+Time = Float[Array, "b _ 6 d"]  # one frame axis, of length 1 when all frames share a time
+
+
+def _scaled_normal(key, shape, dtype=jnp.float32):
+  """The start of learned modulations: normal with variance 1 / width."""
+  return initializers.normal(shape[-1] ** -0.5)(key, shape, dtype)
+
+
+class Attention(nn.Module):
+  """The learned parts around attention: projections, and norms over all heads together."""
+
+  size: Size
+  mesh: Mesh
+  pattern: str
+  kernel: str
+  dtype: jnp.dtype
+
+  def project(self, x: Float[Array, "... d"], name: str) -> Float[Array, "... a k"]:
+    """One of q, k, v, split into heads; queries and keys are normalised before the split."""
+    y = linear(self.size.width, name, self.dtype)(x)
+    if name[0] != "v":
+      y = RMSNorm(name=f"norm_{name}")(y)
+    return rearrange(y, "... (a k) -> ... a k", a=self.size.heads)
+
+  def join(self, o: Float[Array, "b f n a k"]) -> Tokens:
+    return linear(self.size.width, "o", self.dtype)(rearrange(o, "b f n a k -> b f n (a k)"))
+
+
+class SelfAttention(Attention):
+  """Every token of a clip with every other, by position."""
+
+  @nn.compact
+  def __call__(self, x: Tokens, turns, segments) -> Tokens:
+    q, k = (rope.rotate(self.project(x, name), *turns) for name in "qk")
+    return self.join(PATTERNS[self.pattern](q, k, self.project(x, "v"), segments, self.mesh, self.kernel))
+
+
+class CrossAttention(Attention):
+  """Tokens with text, and with image tokens by a softmax of their own; the two results are added."""
+
+  @nn.compact
+  def __call__(self, x: Tokens, text: Float[Array, "b s d"], image: Float[Array, "b i d"] | None) -> Tokens:
+    q = self.project(x, "q")
+    attend = partial(to_text, q, mesh=self.mesh, kernel=self.kernel)
+    o = attend(self.project(text, "k"), self.project(text, "v"))
+    if image is not None:
+      o = o + attend(self.project(image, "k_image"), self.project(image, "v_image"))
+    return self.join(o)
+
+
+class Block(nn.Module):
+  """One layer, in the form of a scan: tokens in, tokens out."""
+
+  size: Size
+  mesh: Mesh
+  pattern: str
+  kernel: str
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: Tokens, time: Time, text, image, turns, segments) -> tuple[Tokens, None]:
+    parts = {"size": self.size, "mesh": self.mesh, "pattern": self.pattern, "kernel": self.kernel, "dtype": self.dtype}
+    learned = self.param("modulation", _scaled_normal, (6, self.size.width))
+    shift1, scale1, gate1, shift2, scale2, gate2 = jnp.moveaxis((learned + time)[:, :, None], -2, 0)
+
+    def add(x, y, gate=1.0):  # f32: small updates must not vanish in a bf16 sum
+      return (x.astype(jnp.float32) + gate * y.astype(jnp.float32)).astype(self.dtype)
+
+    y = (layer_norm(x) * (1 + scale1) + shift1).astype(self.dtype)
+    x = add(x, SelfAttention(**parts, name="self_attention")(y, turns, segments), gate1)
+    y = LayerNorm(name="cross_norm")(x).astype(self.dtype)
+    x = add(x, CrossAttention(**parts, name="cross_attention")(y, text, image))
+    y = (layer_norm(x) * (1 + scale2) + shift2).astype(self.dtype)
+    x = add(x, MLP(self.size.mlp, self.size.width, self.dtype, name="mlp")(y), gate2)
+    return hold(x, self.mesh, TOKENS), None
+
+
+class ImageTokens(nn.Module):
+  """Tokens of an image encoder, brought to the transformer's width (Wan 2.1 image-to-video)."""
+
+  width: int
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, image: Float[Array, "b i e"]) -> Float[Array, "b i d"]:
+    y = LayerNorm(eps=1e-5, name="norm_in")(image)
+    y = MLP(image.shape[-1], self.width, self.dtype, activation=partial(nn.gelu, approximate=False), name="mlp")(y)
+    return LayerNorm(eps=1e-5, name="norm_out")(y)
+
+
+class Head(nn.Module):
+  """Tokens -> the velocity of their patch."""
+
+  size: Size
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: Tokens, time: Float[Array, "b _ d"]) -> Float[Array, "b f n i"]:
+    learned = self.param("modulation", _scaled_normal, (2, self.size.width))
+    shift, scale = jnp.moveaxis((learned + time[:, :, None])[:, :, None], -2, 0)
+    y = layer_norm(x) * (1 + scale) + shift
+    # f32 and zeros at first: the velocity starts at nothing, and its error is what the loss measures.
+    return linear(self.size.patch**2 * self.size.channels, "out", jnp.float32, initializers.zeros)(y)
+
+
+class WanDiT(nn.Module):
+  """The whole transformer. remat, pattern, kernel: names in REMAT, attention.PATTERNS, attention.LOCAL."""
+
+  size: Size
+  mesh: Mesh
+  pattern: str = "ring"
+  kernel: str = "dense"
+  remat: str = "attention"
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Latents, t: Float[Array, "b _"], text: Text, given: Float[Array, "b f h w g"] | None = None,
+               image: Float[Array, "b i e"] | None = None) -> Latents:
+    """Velocity `[b, f, h, w, c]` in f32.
+
+    t: `[b, f]`, or `[b, 1]` when all frames share a time. text: s up to size.text_tokens, may be 0. given: mask then
+    known latents, for models that were made with them. h and w must divide by the patch.
+    """
+    size, (_, f, h, w, _) = self.size, x.shape
+    seen = x if given is None else jnp.concatenate([x, given], axis=-1)
+    tokens = to_patches(seen, size.patch)
+    n = tokens.shape[2]
+    spare = -n % self.mesh.shape["seq"]  # padding tokens, seen by none, so that n divides by its mesh axis
+    tokens = jnp.pad(tokens, ((0, 0), (0, 0), (0, spare), (0, 0)))
+    tokens = hold(linear(size.width, "patch_in", self.dtype)(tokens), self.mesh, TOKENS)
+    positions = jnp.pad(rope.grid(f, h // size.patch, w // size.patch), ((0, 0), (0, spare), (0, 0)))
+    segments = jnp.broadcast_to(jnp.where(jnp.arange(n + spare) < n, 0, -1), tokens.shape[:3]) if spare else None
+
+    e = nn.silu(linear(size.width, "time_in", jnp.float32, SMALL)(waves(t, size.waves)))
+    # Times are pinned too: left to itself the compiler split d of `e` over tensor, and on data x fsdp x tensor the head's
+    # product came out wrong (jax 0.10.2, CPU).
+    e = hold(linear(size.width, "time_out", jnp.float32, SMALL)(e), self.mesh, P(BATCH, None, None))
+    time = rearrange(linear(6 * size.width, "time_modulation", jnp.float32)(nn.silu(e)), "b f (s d) -> b f s d", s=6)
+    time = hold(time, self.mesh, P(BATCH, None, None, None))
+    text = jnp.pad(text, ((0, 0), (0, size.text_tokens - text.shape[1]), (0, 0)))
+    text = MLP(size.width, size.width, self.dtype, init=SMALL, name="text")(text)
+    if image is not None:
+      image = ImageTokens(size.width, self.dtype, name="image")(image)
+
+    block = nn.remat(Block, policy=REMAT[self.remat], prevent_cse=False)
+    stack = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=(nn.broadcast,) * 5,
+                    length=size.layers)
+    stack = stack(size, self.mesh, self.pattern, self.kernel, self.dtype, name="blocks")
+    tokens, _ = stack(tokens, time, text, image, rope.turns(positions, size.head_width), segments)
+    patches = hold(Head(size, self.dtype, name="head")(tokens, e), self.mesh, TOKENS)
+    return from_patches(patches[:, :, :n], size.patch, h, w)

@@ -1,0 +1,75 @@
+"""Devices and hosts become one named mesh; host batches become global arrays.
+
+Axes: data (replicas of the weights), fsdp (weights and batch split), seq (tokens of a frame split), tensor (heads and
+MLP split). Any may be 1. This is the only file that asks for devices.
+"""
+
+import math
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from anisora_jax.errors import BadInput, nearest
+
+AXES = ("data", "fsdp", "seq", "tensor")
+BATCH = ("data", "fsdp")  # the axes that split a batch
+
+
+def build(sizes: Mapping[str, int] | None = None, count: int | None = None) -> Mesh:
+  """A mesh with the axes `AXES`.
+
+  sizes: devices along each axis, 1 where unnamed; one may be -1 and takes what is left. count: how many of the devices
+  to use, all by default (1 where no sizes are given). Raises BadInput when the sizes do not multiply to the count.
+  """
+  sizes = dict(sizes or {})
+  for name in sizes:
+    if name not in AXES:
+      raise BadInput(f"no mesh axis is named {name!r}: {nearest(name, AXES)}")
+  devices = jax.devices()[: count if sizes else count or 1]
+  shape = [int(sizes.get(axis, 1)) for axis in AXES]
+  if any(size < 1 and size != -1 for size in shape) or shape.count(-1) > 1:
+    raise BadInput(f"mesh {_text(shape)} is impossible: sizes are positive and at most one is -1 (takes what is left).")
+  if -1 in shape:
+    shape[shape.index(-1)] = max(1, len(devices) // math.prod(size for size in shape if size != -1))
+  if math.prod(shape) != len(devices):
+    raise BadInput(f"mesh {_text(shape)} needs {math.prod(shape)} devices and there are {len(devices)}: "
+                   f"choose sizes whose product is {len(devices)}, or set one to -1.")
+  return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def _text(shape: list[int]) -> str:
+  return " x ".join(f"{axis} {size}" for axis, size in zip(AXES, shape, strict=True))
+
+
+def describe(mesh: Mesh) -> str:
+  """One line for people: "data 2 x fsdp 2 x seq 2 x tensor 1 on 8 cpu devices"."""
+  return f"{_text(list(mesh.shape.values()))} on {mesh.size} {mesh.devices.flat[0].platform} devices"
+
+
+def device_kind(mesh: Mesh) -> str:
+  """The hardware's own name, "cpu" or "NVIDIA H200"."""
+  return mesh.devices.flat[0].device_kind
+
+
+def batch_shards(mesh: Mesh) -> int:
+  """Into how many parts a batch is split; a global batch is a multiple of it."""
+  return math.prod(mesh.shape[axis] for axis in BATCH)
+
+
+def leads() -> bool:
+  """Whether this process writes logs, films and manifests."""
+  return jax.process_index() == 0
+
+
+def hosts() -> tuple[int, int]:
+  """(number of this host, count of hosts): which share of every batch it loads."""
+  return jax.process_index(), jax.process_count()
+
+
+def to_devices(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+  """Joins every host's share `[b/hosts, ...]` to global arrays `[b, ...]` split over data x fsdp."""
+  split = NamedSharding(mesh, P(BATCH))
+  return {name: jax.make_array_from_process_local_data(split, part) for name, part in batch.items()}

@@ -1,0 +1,47 @@
+"""Noise -> latents: one scan over the rows of a plan, with a solver and a (guided) network."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool
+
+from anisora_jax.sampling.guidance import Network
+from anisora_jax.sampling.plans import Plan
+from anisora_jax.sampling.solvers import Row, Solver
+from anisora_jax.shapes import Latents
+
+
+def begin(plan: Plan, noise: Latents, clean: Latents) -> Latents:
+  """The latents that sampling starts from: (1 - start) clean + start noise.
+
+  Exact at both ends: a given frame (start 0) is `clean` bit for bit, a free frame (start 1) does not depend on it.
+  """
+  share = jnp.asarray(plan.start)[:, None, None, None]
+  return jnp.where(share == 0, clean, jnp.where(share == 1, noise, (1 - share) * clean + share * noise))
+
+
+def rows(plan: Plan) -> Row:
+  """The plan as a solver sees it, one leading row a scan step. Past the last row the network would be told the same."""
+  tau, told = jnp.asarray(plan.tau), jnp.asarray(plan.told)
+  return Row(tau=tau[:-1], tau_next=tau[1:], told=told, told_next=jnp.concatenate([told[1:], told[-1:]]))
+
+
+def sample(velocity: Network, plan: Plan, noise: Latents, clean: Latents, solver: Solver,
+           held: Bool[Array, "b f h w 1"] | None = None) -> Latents:
+  """Walks a plan from noise to clean latents.
+
+  velocity: (latents, told) -> velocity, with parameters, condition and guidance bound. noise: standard normal. clean:
+  what is given, in latent space; read where a frame starts below full noise and where `held`. held: True where the
+  result must equal `clean` bit for bit, also inside frames that are otherwise made (regions).
+  """
+  batch, frames = noise.shape[:2]
+
+  def at(x: Latents, told: jax.Array) -> Latents:
+    return velocity(x, jnp.broadcast_to(told, (batch, frames)))
+
+  def body(carry, row: Row):
+    x, memory = carry
+    return solver.step(at, x, row, memory), None
+
+  x = begin(plan, noise, clean)
+  (x, _), _ = jax.lax.scan(body, (x, solver.start(x)), rows(plan))
+  return x if held is None else jnp.where(held, clean, x)
