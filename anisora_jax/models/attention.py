@@ -20,9 +20,12 @@ from anisora_jax.shapes import Heads, Segments
 NOTHING = -1e30  # a logit that no softmax sees; finite, so that two empty blocks merge without nan
 
 
-def _seen(q_ids: Ids | None, k_ids: Ids | None):
+def _seen(ids: Ids):
   """[b, 1, l, s]: which query may see which key; None: all."""
-  return None if q_ids is None else ((q_ids[:, :, None] == k_ids[:, None]) & (k_ids >= 0)[:, None])[:, None]
+  if ids is None:
+    return None
+  queries, keys = ids[0][:, :, None], ids[1][:, None]
+  return ((queries == keys) & (keys >= 0))[:, None]
 
 
 def _logits(q: Queries, k: Keys, seen) -> Float[Array, "b a l s"]:
@@ -30,9 +33,9 @@ def _logits(q: Queries, k: Keys, seen) -> Float[Array, "b a l s"]:
   return logits if seen is None else jnp.where(seen, logits, NOTHING)
 
 
-def dense_forward(q, k, v, q_ids, k_ids):
+def dense_forward(q: Queries, k: Keys, v: Keys, ids: Ids = None):
   """Softmax attention with every logit in memory, in f32."""
-  seen = _seen(q_ids, k_ids)
+  seen = _seen(ids)
   logits = _logits(q, k, seen)
   top = logits.max(-1, keepdims=True)
   weights = jnp.exp(logits - top) if seen is None else jnp.where(seen, jnp.exp(logits - top), 0.0)
@@ -42,9 +45,9 @@ def dense_forward(q, k, v, q_ids, k_ids):
   return o, jnp.where(total == 0, NOTHING, top[..., 0] + jnp.log(jnp.where(total == 0, 1.0, total)))
 
 
-def dense_backward(q, k, v, q_ids, k_ids, lse: LogSum, delta: LogSum, do):
+def dense_backward(q: Queries, k: Keys, v: Keys, ids: Ids, lse: LogSum, delta: LogSum, do: Queries):
   """Gradients of `dense_forward` from the log-sum-exp over all keys, also those of other blocks."""
-  seen = _seen(q_ids, k_ids)
+  seen = _seen(ids)
   weights = jnp.exp(_logits(q, k, seen) - lse[..., None])
   weights = weights if seen is None else jnp.where(seen, weights, 0.0)
   f32 = {"preferred_element_type": jnp.float32}
@@ -60,13 +63,13 @@ DENSE = Kernel(dense_forward, dense_backward)
 
 
 @jax.custom_vjp
-def dense(q: Queries, k: Keys, v: Keys, ids: Ids | None = None) -> Queries:
+def dense(q: Queries, k: Keys, v: Keys, ids: Ids = None) -> Queries:
   """Attention on one device that keeps only its output and log-sum-exp for the backward pass."""
-  return dense_forward(q, k, v, ids, ids)[0].astype(q.dtype)
+  return dense_forward(q, k, v, ids)[0].astype(q.dtype)
 
 
 def _dense_saving(q, k, v, ids):
-  o, lse = dense_forward(q, k, v, ids, ids)
+  o, lse = dense_forward(q, k, v, ids)
   o, lse = (jax.ad_checkpoint.checkpoint_name(x, SAVED) for x in (o.astype(q.dtype), lse))
   return o, (q, k, v, ids, o, lse)
 
@@ -74,14 +77,14 @@ def _dense_saving(q, k, v, ids):
 def _dense_gradients(saved, do):
   q, k, v, ids, o, lse = saved
   delta = jnp.einsum("blak,blak->bal", o.astype(jnp.float32), do.astype(jnp.float32))
-  grads = dense_backward(q, k, v, ids, ids, lse, delta, do)
+  grads = dense_backward(q, k, v, ids, lse, delta, do)
   return *(grad.astype(x.dtype) for grad, x in zip(grads, (q, k, v), strict=True)), None
 
 
 dense.defvjp(_dense_saving, _dense_gradients)
 
 
-def cudnn(q: Queries, k: Keys, v: Keys, ids: Ids | None = None) -> Queries:
+def cudnn(q: Queries, k: Keys, v: Keys, ids: Ids = None) -> Queries:
   """NVIDIA's fused attention: bf16 or f16, no mask."""
   if ids is not None:
     raise BadInput("the cudnn kernel takes no segment ids or padding: choose tokens that divide, or kernel 'dense'.")
@@ -122,7 +125,10 @@ def _over_shards(body: Callable, mesh: Mesh, q: Heads, k: Heads, v: Heads, segme
 
 def full(q: Heads, k: Heads, v: Heads, segments: Segments | None, mesh: Mesh, kernel: str) -> Heads:
   """Every token sees every token of its clip; all tokens on one device."""
-  return _over_shards(LOCAL[kernel], mesh, q, k, v, segments)
+  def body(q, k, v, ids):
+    return LOCAL[kernel](q, k, v, None if ids is None else (ids, ids))
+
+  return _over_shards(body, mesh, q, k, v, segments)
 
 
 def ringed(q: Heads, k: Heads, v: Heads, segments: Segments | None, mesh: Mesh, kernel: str) -> Heads:

@@ -21,20 +21,20 @@ SAVED = "attention"  # the name under which rematerialisation policies find the 
 Queries = Float[Array, "b l a k"]
 Keys = Float[Array, "b s a k"]
 LogSum = Float[Array, "b a l"]
-Ids = Int[Array, "b ?s"]
+Ids = tuple[Int[Array, "b l"], Int[Array, "b s"]] | None  # of queries and of keys; None: all see all
 
 
 class Forward(Protocol):
-  """One block: (q, k, v, q_ids, k_ids) -> (o f32, normalised within the block; natural log-sum-exp f32)."""
+  """One block: (q, k, v, ids) -> (o f32, normalised within the block; natural log-sum-exp f32)."""
 
-  def __call__(self, q: Queries, k: Keys, v: Keys, q_ids: Ids | None, k_ids: Ids | None) -> tuple[Array, Array]: ...
+  def __call__(self, q: Queries, k: Keys, v: Keys, ids: Ids) -> tuple[Array, Array]: ...
 
 
 class Backward(Protocol):
-  """One block: (q, k, v, q_ids, k_ids, lse, delta, do) -> f32 (dq, dk, dv); lse and delta = sum(o do) are global."""
+  """One block: (q, k, v, ids, lse, delta, do) -> f32 (dq, dk, dv); lse and delta = sum(o do) are over all keys."""
 
-  def __call__(self, q: Queries, k: Keys, v: Keys, q_ids: Ids | None, k_ids: Ids | None,
-               lse: LogSum, delta: LogSum, do: Queries) -> tuple[Array, Array, Array]: ...
+  def __call__(self, q: Queries, k: Keys, v: Keys, ids: Ids, lse: LogSum, delta: LogSum,
+               do: Queries) -> tuple[Array, Array, Array]: ...
 
 
 class Kernel(NamedTuple):
@@ -42,6 +42,10 @@ class Kernel(NamedTuple):
 
   forward: Forward
   backward: Backward
+
+
+def _pair(q_ids, k_ids) -> Ids:
+  return None if q_ids is None else (q_ids, k_ids)
 
 
 def _send(block, axis: str):
@@ -64,16 +68,16 @@ def merge(one: tuple[Array, Array], other: tuple[Array, Array]) -> tuple[Array, 
 def _forward(q, k, v, ids, axis: str, kernel: Kernel) -> tuple[Array, Array]:
   block, size = (k, v, ids), lax.axis_size(axis)
   arriving = _send(block, axis) if size > 1 else block
-  result = kernel.forward(q, k, v, ids, ids)
+  result = kernel.forward(q, k, v, _pair(ids, ids))
 
   def turn(carry, _):
     result, block = carry
     arriving = _send(block, axis)
-    return (merge(result, kernel.forward(q, block[0], block[1], ids, block[2])), arriving), None
+    return (merge(result, kernel.forward(q, block[0], block[1], _pair(ids, block[2]))), arriving), None
 
   if size > 1:  # the last block is not passed on
     (result, block), _ = lax.scan(turn, (result, arriving), length=size - 2)
-    result = merge(result, kernel.forward(q, block[0], block[1], ids, block[2]))
+    result = merge(result, kernel.forward(q, block[0], block[1], _pair(ids, block[2])))
   return result[0].astype(q.dtype), result[1]
 
 
@@ -98,7 +102,7 @@ def _ring_backward(axis, kernel, saved, do):
   delta = jnp.einsum("blak,blak->bal", o.astype(jnp.float32), do.astype(jnp.float32))
 
   def gradients(block):
-    dq, dk, dv = kernel.backward(q, block[0], block[1], ids, block[2], lse, delta, do)
+    dq, dk, dv = kernel.backward(q, block[0], block[1], _pair(ids, block[2]), lse, delta, do)
     return dq, (dk, dv)
 
   def turn(carry, _):

@@ -182,8 +182,8 @@ class WanDiT(nn.Module):
     segments = jnp.broadcast_to(jnp.where(jnp.arange(n + spare) < n, 0, -1), tokens.shape[:3]) if spare else None
 
     e = nn.silu(linear(size.width, "time_in", jnp.float32, SMALL)(waves(t, size.waves)))
-    # Times are pinned too: left to itself the compiler split d of `e` over tensor, and on data x fsdp x tensor the head's
-    # product came out wrong (jax 0.10.2, CPU).
+    # Times are pinned too: left to itself the compiler split d of `e` over tensor, and on data x fsdp x tensor the
+    # head's product came out wrong (jax 0.10.2, CPU).
     e = hold(linear(size.width, "time_out", jnp.float32, SMALL)(e), self.mesh, P(BATCH, None, None))
     time = rearrange(linear(6 * size.width, "time_modulation", jnp.float32)(nn.silu(e)), "b f (s d) -> b f s d", s=6)
     time = hold(time, self.mesh, P(BATCH, None, None, None))
