@@ -1,8 +1,8 @@
 """Films to frames and back: decode, crop, pace, encode. Frames are uint8 [F, H, W, 3], 0 .. 255, red first.
 
-Colour is computed on the planes FFmpeg decoded, after they were cropped and resized: brightness and the two colour planes
-go straight to the wanted size, and one 3x4 matrix makes red, green and blue. That is several times cheaper than asking
-FFmpeg for full-size RGB, and it treats BT.601 and BT.709, studio and full range, by the same line.
+Colour is computed on the planes FFmpeg decoded, after they were cropped and resized: brightness and the two colour
+planes go straight to the wanted size, and one 3x4 matrix makes red, green and blue. That is several times cheaper than
+asking FFmpeg for full-size RGB, and it treats BT.601 and BT.709, studio and full range, by the same line.
 """
 
 import io
@@ -21,7 +21,7 @@ from jaxtyping import Bool, Int, UInt8
 
 Frames = UInt8[np.ndarray, "F H W 3"]
 
-# Brightness shares (red, blue) by FFmpeg's number of the colour space; unspecified (2) is read as BT.601, as FFmpeg does.
+# Brightness shares (red, blue) by FFmpeg's number of the colour space; unspecified (2) reads as BT.601, as in FFmpeg.
 # From: ITU-R BT.601, BT.709, BT.2020 and SMPTE 240M.
 _SHARES = {1: (.2126, .0722), 2: (.299, .114), 4: (.3, .11), 5: (.299, .114), 6: (.299, .114), 7: (.212, .087),
            9: (.2627, .0593)}
@@ -51,8 +51,8 @@ class Size(NamedTuple):
 def opened(source: Path | bytes, threads: int = 1) -> Iterator:
   """Opens a film file, or one in memory, and gives its first video stream.
 
-  threads: of the decoder; 0 lets FFmpeg choose. Raises Unreadable, also for pipes and devices, on which FFmpeg would wait
-  for ever.
+  threads: of the decoder; 0 lets FFmpeg choose. Raises Unreadable, also for pipes and devices, on which FFmpeg would
+  wait for ever.
   """
   if isinstance(source, Path):
     if not stat.S_ISREG(os.stat(source).st_mode):
@@ -82,7 +82,7 @@ def facts(source: Path | bytes) -> Facts:
 
 
 def pictures(source: Path | bytes, threads: int = 1) -> Iterator[av.VideoFrame]:
-  """Decoded frames in the order shown. Raises Unreadable at the first damaged one, and at an end that comes too early."""
+  """Decoded frames in the order shown. Raises Unreadable at the first damaged one, and where a film ends too early."""
   with opened(source, threads) as stream:
     count = 0
     try:
