@@ -182,15 +182,15 @@ class WanDiT(nn.Module):
     segments = jnp.broadcast_to(jnp.where(jnp.arange(n + spare) < n, 0, -1), tokens.shape[:3]) if spare else None
 
     e = nn.silu(linear(size.width, "time_in", jnp.float32, SMALL)(waves(t, size.waves)))
-    # Times are pinned too: left to itself the compiler split d of `e` over tensor, and on data x fsdp x tensor the
-    # head's product came out wrong (jax 0.10.2, CPU).
+    # Times and text are pinned too: left to itself the compiler split their d over tensor, and on data x fsdp x tensor
+    # the head's product and the text layer's gradient came out wrong (jax 0.10.2, CPU).
     e = hold(linear(size.width, "time_out", jnp.float32, SMALL)(e), self.mesh, P(BATCH, None, None))
     time = rearrange(linear(6 * size.width, "time_modulation", jnp.float32)(nn.silu(e)), "b f (s d) -> b f s d", s=6)
     time = hold(time, self.mesh, P(BATCH, None, None, None))
     text = jnp.pad(text, ((0, 0), (0, size.text_tokens - text.shape[1]), (0, 0)))
-    text = MLP(size.width, size.width, self.dtype, init=SMALL, name="text")(text)
+    text = hold(MLP(size.width, size.width, self.dtype, init=SMALL, name="text")(text), self.mesh, P(BATCH, None, None))
     if image is not None:
-      image = ImageTokens(size.width, self.dtype, name="image")(image)
+      image = hold(ImageTokens(size.width, self.dtype, name="image")(image), self.mesh, P(BATCH, None, None))
 
     block = nn.remat(Block, policy=REMAT[self.remat], prevent_cse=False)
     stack = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=(nn.broadcast,) * 5,

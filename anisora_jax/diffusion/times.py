@@ -1,0 +1,102 @@
+"""Which noise times to train on, and which to walk when sampling.
+
+A time is a quantile u in [0, 1] pushed through a law and then shifted toward noise. In training a coin for each sample
+decides whether its frames share one u or draw by a pattern of their own (probabilistic timestep sampling, PTSS: FVDM,
+arXiv:2410.03160; Pusa, arXiv:2507.16116).
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from anisora_jax.errors import BadInput, pick
+from anisora_jax.shapes import Times
+
+
+def shift_times(t: Float[Array, "*b"], shift: float) -> Float[Array, "*b"]:
+  """Pushes noise times toward 1, where long and large videos need their steps.
+
+  t: 0 clean .. 1 noise. shift: 1 keeps t; Wan takes 3 at 480p, 5 at 720p.
+  From: Esser et al. 2024, arXiv:2403.03206, "resolution-dependent shifting".
+  """
+  return shift * t / (1 + (shift - 1) * t)
+
+
+def schedule(steps: int, shift: float, start: float = 1.0) -> Float[Array, "steps+1"]:
+  """The times to sample at, from `start` (before the shift) to 0; Wan's UniPC starts at 0.999."""
+  if steps < 1:
+    raise BadInput(f"{steps} sampling steps: take at least 1.")
+  return shift_times(jnp.linspace(start, 0.0, steps + 1), shift)
+
+
+LAWS = {  # quantile u -> noise time, before the shift
+  "uniform": lambda u: u,
+  "logit_normal": lambda u: jax.nn.sigmoid(jax.scipy.special.ndtri(u)),
+}
+
+
+def _independent(key: Key[Array, ""], f: int, block: int) -> Float[Array, "f"]:
+  return jax.random.uniform(key, (f,))
+
+
+def _blocks(key: Key[Array, ""], f: int, block: int) -> Float[Array, "f"]:
+  return jnp.repeat(jax.random.uniform(key, (-(-f // block),)), block)[:f]
+
+
+def _monotone(key: Key[Array, ""], f: int, block: int) -> Float[Array, "f"]:
+  return jnp.sort(jax.random.uniform(key, (f,)))
+
+
+def _rolling(key: Key[Array, ""], f: int, block: int) -> Float[Array, "f"]:
+  return (jnp.arange(f) + jax.random.uniform(key)) / f
+
+
+PATTERNS = {  # how the frames of one sample draw when they do not share a time
+  "independent": _independent,
+  "blocks": _blocks,      # groups of `block` frames share (SkyReels-V2)
+  "monotone": _monotone,  # later frames noisier
+  "rolling": _rolling,    # an even ramp with a random offset (rolling diffusion)
+}
+
+
+@dataclass(frozen=True)
+class TimeDraw:
+  """The training distribution of noise times.
+
+  per_frame: probability that the frames of a sample draw apart. From scratch 0.2; adapting a trained scalar model 1.
+  late_per_frame: the same from step `late_from` on. law: in LAWS. pattern: in PATTERNS. block: frames of a group.
+  """
+
+  per_frame: float = 0.2
+  late_per_frame: float = 0.2
+  late_from: int = 0
+  law: str = "uniform"
+  shift: float = 1.0
+  pattern: str = "independent"
+  block: int = 1
+
+  def __post_init__(self):
+    pick(LAWS, self.law, "law of noise times")
+    pick(PATTERNS, self.pattern, "pattern of noise times")
+    for name in ("per_frame", "late_per_frame"):
+      if not 0 <= getattr(self, name) <= 1:
+        raise BadInput(f"{name} = {getattr(self, name)} is no probability: take 0 .. 1.")
+    if self.shift <= 0 or self.block < 1:
+      raise BadInput(f"shift {self.shift} and block {self.block} must be positive.")
+
+  def __call__(self, keys: Key[Array, "b"], f: int, step: Array | int) -> Times:
+    """One time a frame for each sample's key."""
+    p = jnp.where(step >= self.late_from, self.late_per_frame, self.per_frame)
+
+    def one(key: Key[Array, ""]) -> Float[Array, "f"]:
+      coin, together, apart = jax.random.split(key, 3)
+      shared = jnp.broadcast_to(jax.random.uniform(together), (f,))
+      return jnp.where(jax.random.bernoulli(coin, p), PATTERNS[self.pattern](apart, f, self.block), shared)
+
+    return self.at(jax.vmap(one)(keys))
+
+  def at(self, u: Float[Array, "*b"]) -> Float[Array, "*b"]:
+    """The noise time at quantile u of the distribution of a single frame's time."""
+    return shift_times(LAWS[self.law](u), self.shift)

@@ -1,0 +1,35 @@
+"""The codec of the small configs: pixels moved into channels, no weights, nothing lost.
+
+Frame 0 is repeated m times so that it fills a latent frame of its own, as masks are packed; decoding takes the last.
+"""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from einops import rearrange
+
+from anisora_jax.shapes import Frames, Latents
+
+
+@dataclass(frozen=True)
+class Pixels:
+  """Space-to-depth. spatial: pixels a side of a latent cell; temporal: frames of a latent frame."""
+
+  spatial: int = 2
+  temporal: int = 1
+
+  @property
+  def channels(self) -> int:
+    return 3 * self.temporal * self.spatial**2
+
+  def encode(self, frames: Frames) -> Latents:
+    """Frames in [-1, 1] -> latents in [-1, 1]."""
+    frames = jnp.concatenate([frames[:, :1]] * (self.temporal - 1) + [frames], axis=1)
+    return rearrange(frames, "b (f m) (h p) (w q) c -> b f h w (m p q c)", m=self.temporal, p=self.spatial,
+                     q=self.spatial)
+
+  def decode(self, latents: Latents) -> Frames:
+    """The inverse of `encode`."""
+    frames = rearrange(latents, "b f h w (m p q c) -> b (f m) (h p) (w q) c", m=self.temporal, p=self.spatial,
+                       q=self.spatial)
+    return frames[:, self.temporal - 1:]

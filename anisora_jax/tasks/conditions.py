@@ -1,0 +1,57 @@
+"""Mask and known frames -> what the transformer is allowed to see.
+
+A mask of pixel frames is packed by the codec's temporal stride m: frame 0 fills all m channels of latent frame 0, pixel
+frame p > 0 lands in latent frame (p + m - 1) // m, channel (p + m - 1) mod m. From: Wan 2.1 image2video.py and AniSora.
+"""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from einops import rearrange, reduce, repeat
+from flax import struct
+from jaxtyping import Array, Bool, Float
+
+from anisora_jax.shapes import Frames, Latents, Mask, PixelMask
+
+
+@struct.dataclass
+class Condition:
+  """What is given of a batch of clips, on the latent canvas.
+
+  mask: 1 = given. known: latents of the given pixels, hidden pixels mid-grey. held: cells given in every pixel frame
+  they cover; they need no loss and come out of sampling as they went in. frozen: frames all of whose cells are held.
+  """
+
+  mask: Mask
+  known: Latents
+  held: Bool[Array, "b f h w 1"]
+  frozen: Bool[Array, "b f"]
+
+  def channels(self) -> Float[Array, "b f h w g"]:
+    """Mask, then known latents: the channels that follow the noisy latents into the transformer."""
+    return jnp.concatenate([self.mask, self.known], axis=-1)
+
+
+def pack(mask: Bool[Array, "b F h w"], stride: int) -> Mask:
+  """Pixel frames -> m channels of latent frames."""
+  mask = jnp.concatenate([mask[:, :1]] * (stride - 1) + [mask], axis=1)
+  return rearrange(mask, "b (f m) h w -> b f h w m", m=stride).astype(jnp.float32)
+
+
+def hide(frames: Frames, mask: PixelMask) -> Frames:
+  """The given pixels; all others mid-grey, so that nothing of them can reach the network."""
+  size = frames.shape[2] // mask.shape[2]
+  given = repeat(mask, "b F h w -> b F (h p) (w q) 1", p=size, q=size)
+  return jnp.where(given, frames, 0.0)
+
+
+def cells_touched(character: Bool[Array, "b F H W"], size: int) -> PixelMask:
+  """Latent cells that hold a pixel of the character."""
+  return reduce(character, "b F (h p) (w q) -> b F h w", "max", p=size, q=size)
+
+
+def condition(frames: Frames, mask: PixelMask, encode: Callable[[Frames], Latents], stride: int) -> Condition:
+  """What is given of `frames` (in [-1, 1]) under a mask."""
+  packed = pack(mask, stride)
+  held = packed.min(-1, keepdims=True) > 0
+  return Condition(mask=packed, known=encode(hide(frames, mask)), held=held, frozen=held.all((2, 3, 4)))

@@ -1,0 +1,163 @@
+"""The pure training step: state, batch -> state, measures. One compiled step serves all tasks.
+
+Everything random is drawn for each sample from (seed, step, purpose, number in the batch), so that a resumed run,
+another mesh and any split into micro-batches draw the same.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import optax
+from einops import rearrange
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from anisora_jax import keys
+from anisora_jax.diffusion import objective, path
+from anisora_jax.diffusion.times import TimeDraw
+from anisora_jax.models.codec import Codec
+from anisora_jax.shapes import Films, Frames, Latents, Scalar, Times
+from anisora_jax.tasks.conditions import Condition, cells_touched, condition
+from anisora_jax.tasks.masks import Mixture
+from anisora_jax.training.state import TrainState
+
+Batch = Mapping[str, Array]  # frames, character, text, ok, stop: see `loaders.mixture` and `training.loop`
+Measures = dict[str, Array]
+
+
+@dataclass(frozen=True)
+class Method:
+  """What is trained, and how tasks, times and noise are drawn.
+
+  velocity: (params, x, t, condition, text) -> velocity. drop_text, drop_condition: probability that a sample is trained
+  without its caption, or with nothing given. micro_batches: parts of a batch whose gradients are added up.
+  """
+
+  velocity: Callable[[PyTree, Latents, Times, Condition, Array], Latents]
+  codec: Codec
+  tasks: Mixture
+  times: TimeDraw
+  weight: str = "none"
+  drop_text: float = 0.1
+  drop_condition: float = 0.05
+  seed: int = 0
+  micro_batches: int = 1
+
+
+@struct.dataclass
+class Lesson:
+  """One noised batch: what the network gets and what it should say."""
+
+  clean: Latents
+  noise: Latents
+  t: Times
+  given: Condition
+  text: Float[Array, "b s e"]
+  ok: Float[Array, "b"]
+
+
+def unit(frames: Films) -> Frames:
+  """0 .. 255 -> [-1, 1]."""
+  return frames.astype(jnp.float32) / 127.5 - 1
+
+
+def lesson(method: Method, batch: Batch, step: Array | int, samples: Int[Array, "b"],
+           key: Callable[[str], Array]) -> Lesson:
+  """Draws task, times and noise of each sample. key: of a purpose; samples: numbers in the whole batch."""
+  def stream(purpose: str) -> Array:
+    return keys.per_sample(key(purpose), samples)
+
+  frames, codec = unit(batch["frames"]), method.codec
+  mask = method.tasks(stream("task"), cells_touched(batch["character"], codec.spatial), codec.temporal)
+  drop = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(stream("drop"))
+  mask = mask & (drop[:, 0] >= method.drop_condition)[:, None, None, None]
+  text = jnp.where((drop[:, 1] >= method.drop_text)[:, None, None], batch["text"], 0.0)
+  clean = codec.encode(frames)
+  given = condition(frames, mask, codec.encode, codec.temporal)
+  noise = jax.vmap(lambda key: jax.random.normal(key, clean.shape[1:]))(stream("noise"))
+  t = jnp.where(given.frozen, 0.0, method.times(stream("time"), clean.shape[1], step))
+  return Lesson(clean=clean, noise=noise, t=t, given=given, text=text, ok=batch["ok"])
+
+
+def errors(method: Method, params: PyTree, it: Lesson) -> tuple[Times, Bool[Array, "b f"]]:
+  """Mean squared error of each frame's velocity, and which frames count: hidden ones of clips that could be read."""
+  x = path.noisy(it.clean, it.noise, it.t)
+  predicted = method.velocity(params, x, it.t, it.given, it.text)
+  found = objective.frame_errors(predicted, path.velocity(it.clean, it.noise), ~it.given.held)
+  return found, ~it.given.frozen & (it.ok > 0)[:, None]
+
+
+def sums(params: PyTree, method: Method, batch: Batch, step: Array, samples: Array) -> tuple[Scalar, Scalar]:
+  """(weighted sum of errors, count) of one micro-batch."""
+  it = lesson(method, batch, step, samples, lambda purpose: keys.key(method.seed, step, purpose))
+  found, counted = errors(method, params, it)
+  return objective.loss_sums(found, objective.weight(it.t, method.weight, method.times), counted)
+
+
+def gradients(method: Method, params: PyTree, batch: Batch, step: Array) -> tuple[PyTree, Scalar]:
+  """Gradients and loss of a whole batch, worked through in micro-batches that cut across all devices."""
+  parts = method.micro_batches
+  batch = {**batch, "samples": jnp.arange(batch["ok"].shape[0])}
+  batch = {name: rearrange(x, "(b k) ... -> k b ...", k=parts) for name, x in batch.items()}
+  slope = jax.value_and_grad(sums, has_aux=True)
+
+  def add(carry, part):
+    (total, count), grads = slope(params, method, part, step, part["samples"])
+    return jax.tree.map(jnp.add, carry, (grads, total, count)), None
+
+  if parts == 1:
+    (total, count), grads = slope(params, method, {name: x[0] for name, x in batch.items()}, step, batch["samples"][0])
+  else:
+    zero = (jax.tree.map(jnp.zeros_like, params), jnp.zeros(()), jnp.zeros(()))
+    (grads, total, count), _ = jax.lax.scan(add, zero, batch)
+  count = jnp.maximum(count, 1.0)
+  return jax.tree.map(lambda g: g / count, grads), total / count
+
+
+def make_step(method: Method, optimizer: optax.GradientTransformation,
+              average: Callable[[PyTree, PyTree, Array], PyTree]) -> Callable[[TrainState, Batch],
+                                                                              tuple[TrainState, Measures]]:
+  """The step of plain training. average: (ema, params, step) -> ema. A step that is not finite changes nothing."""
+  def step(state: TrainState, batch: Batch) -> tuple[TrainState, Measures]:
+    batch, stop = dict(batch), batch["stop"].max()
+    del batch["stop"]
+    grads, loss = gradients(method, state.params, batch, state.step)
+    norm = optax.global_norm(grads)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+
+    def update(state: TrainState) -> TrainState:
+      changes, opt = optimizer.update(grads, state.opt, state.params)
+      params = optax.apply_updates(state.params, changes)
+      return state.replace(params=params, opt=opt, ema=average(state.ema, params, state.step))
+
+    state = jax.lax.cond(finite, update, lambda state: state, state)
+    unread = (batch["ok"] == 0).sum()
+    measures = {"loss": loss, "grad_norm": norm, "skipped": ~finite, "unread": unread, "stop": stop}
+    return state.replace(step=state.step + 1), measures
+
+  return step
+
+
+BINS = 5  # noise-time bins of the held-out loss
+
+
+def make_held_out(method: Method) -> Callable[[PyTree, Batch, Array], Float[Array, "bins"]]:
+  """(params, batch, number of the batch) -> loss in each bin of noise time, all frames at the bin's middle.
+
+  Tasks, noise and times are the same at every call, so that the curve moves only with the model.
+  """
+  def held_out(params: PyTree, batch: Batch, number: Array) -> Float[Array, "bins"]:
+    stream = keys.key(method.seed, number, "heldout")
+    it = lesson(method, batch, 0, jnp.arange(batch["ok"].shape[0]),
+                lambda purpose: jax.random.fold_in(stream, keys.PURPOSES[purpose]))
+
+    def at(t: Scalar) -> Scalar:
+      found, counted = errors(method, params, it.replace(t=jnp.where(it.given.frozen, 0.0, t)))
+      total, count = objective.loss_sums(found, jnp.ones_like(found), counted)
+      return total / jnp.maximum(count, 1.0)
+
+    return jax.lax.map(at, (jnp.arange(BINS) + 0.5) / BINS)
+
+  return held_out
