@@ -34,7 +34,7 @@ from tqdm import tqdm
 from anisora_jax import errors
 from anisora_jax.loaders import video
 
-SHOT_SECONDS = (3., 4.2)
+SHOT_SECONDS = 3.
 PAN = (.14, .32)  # widths of the frame a second: 1.2 .. 2.7 % a frame at 12 fps
 
 
@@ -68,11 +68,11 @@ def draw_film(seed: int, *, seconds: float = 14, height: int = 96, width: int = 
 
 
 def shot_lengths(rng: np.random.Generator, total: int, fps: float) -> list[int]:
-  """Cuts `total` frames into shots of SHOT_SECONDS or a little more; too few frames for two shots make one."""
-  low, high = (seconds * fps for seconds in SHOT_SECONDS)
-  count = max(1, int(total / ((low + high) / 2)))
-  spare = max(0., total - count * np.ceil(low))
-  ends = np.ceil(low) * np.arange(1, count) + np.floor(spare * np.cumsum(rng.dirichlet([4] * count)))[:-1]
+  """Cuts `total` frames into shots of 3 s and more, about 4 s on average; too few frames for two shots make one."""
+  low = np.ceil(SHOT_SECONDS * fps)
+  count = max(1, min(round(total / (1.3 * low)), int(total // low)))
+  spare = max(0., total - count * low)
+  ends = low * np.arange(1, count) + np.floor(spare * np.cumsum(rng.dirichlet([4] * count)))[:-1]
   return np.diff([0, *ends.astype(int), total]).tolist()
 
 
@@ -203,7 +203,7 @@ def check(flags_: flags.FlagValues) -> None:
 def define_flags() -> None:
   flags.DEFINE_string("out", "out/films", "Folder the films are written to.")
   flags.DEFINE_integer("films", 32, "Number of films.")
-  flags.DEFINE_float("seconds", 14, "Length of a film in seconds; it is cut into shots of 3 to 4.2 s.")
+  flags.DEFINE_float("seconds", 14, "Length of a film in seconds; it is cut into shots of about 4 s.")
   flags.DEFINE_integer("height", 96, "Rows of pixels; even.")
   flags.DEFINE_integer("width", 144, "Columns of pixels; even.")
   flags.DEFINE_float("fps", 12, "Frames a second.")
