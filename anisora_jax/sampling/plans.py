@@ -1,7 +1,7 @@
 """What each frame's noise time is at every row of sampling, and what the network is told.
 
-A task is a plan: a column that is zero throughout is a given frame, a column `m sigma` a frame that is given softly, and
-`sigma` itself a frame to make. All arrays are leaves, so one compilation serves every plan of one size.
+A task is a plan: a column that is zero throughout is a given frame, a column `m sigma` a frame that is given softly,
+and `sigma` itself a frame to make. All arrays are leaves, so one compilation serves every plan of one size.
 """
 
 import flax.struct

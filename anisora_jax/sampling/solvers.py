@@ -96,7 +96,7 @@ def _log_snr(tau: Clocks) -> Clocks:
 
 
 def _toward(x: Latents, clean: Latents, tau: Clocks, tau_next: Clocks) -> Latents:
-  """The line from x at time tau to `clean` at time 0, at tau_next (> 0 or exactly `clean`)."""
+  """The point at tau_next of the line from x at time tau to `clean` at time 0; at time 0 exactly `clean`."""
   keep = _wide(tau_next / tau)
   return keep * x + (1 - keep) * clean
 
