@@ -1,9 +1,9 @@
 """Sources, weights, shuffle, batch, prefetch: one Grain pipeline with a savable position.
 
 The batch with global number g is a function of (sources, buckets, fps, seed, g): its bucket comes from the schedule,
-its records are the next ones in the order of that bucket, and each record's first frame is drawn from the record's place
-in that order. A host computes the rows that are its own and reads no other record. So the order is the same for any
-number of hosts, and the position of a run is one integer, which may be restored on another number of hosts.
+its records are the next ones in the order of that bucket, and each record's first frame is drawn from the record's
+place in that order. A host computes the rows that are its own and reads no other record. So the order is the same for
+any number of hosts, and the position of a run is one integer, which may be restored on another number of hosts.
 
 Within a bucket each source is shuffled anew for every epoch and goes round for ever; weights say how often each has its
 turn.

@@ -1,8 +1,8 @@
 """Any prepared tensorflow_datasets video dataset as a source of clips, without TensorFlow.
 
 "tfds:NAME[/CONFIG][:SPLIT[:HELD_OUT]]" is looked for in $TFDS_DATA_DIR (~/tensorflow_datasets), "tfds:/FOLDER..." is
-the folder that holds dataset_info.json. SPLIT may be a slice: "tfds:ucf101:train[:90%]:train[90%:]". The dataset must be
-stored as ArrayRecord, the format of TFDS with random access, and have either a Video feature or bytes of a film file.
+the folder that holds dataset_info.json. SPLIT may be a slice: "tfds:ucf101:train[:90%]:train[90%:]". The dataset must
+be stored as ArrayRecord, the format of TFDS with random access, and have a Video feature or bytes of a film file.
 
 A Video feature is stored as a sequence of images, but its class cannot be made without TensorFlow. So the features are
 read from features.json with every Video written as the sequence of images that it is.
