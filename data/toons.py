@@ -2,7 +2,7 @@
 
 A film is a few shots of 3 s or more with hard cuts. In a shot one to three characters (cats, rabbits, bears, birds,
 robots, children) walk, hop, fly, wave, dance or turn around before a sky, far hills, nearer houses and trees, and the
-ground, while the camera pans by 1-3 % of the width per frame (at 12 fps). Everything is flat colour with a dark
+ground, while the camera pans by 1-2 % of the width per frame (at 12 fps). Everything is flat colour with a dark
 outline. Limbs swing, eyes blink, bodies squash and stretch as they hop, and characters pass in front of each other.
 
 For each film NAME, drawn by aggdraw and encoded by PyAV:
@@ -35,7 +35,7 @@ from anisora_jax import errors
 from anisora_jax.loaders import video
 
 SHOT_SECONDS = 3.
-PAN = (.14, .32)  # widths of the frame a second: 1.2 .. 2.7 % a frame at 12 fps
+PAN = (.13, .26)  # widths of the frame a second: 1.1 .. 2.2 % a frame at 12 fps
 
 
 @dataclass
@@ -79,7 +79,7 @@ def shot_lengths(rng: np.random.Generator, total: int, fps: float) -> list[int]:
 def plan_shot(rng: np.random.Generator, place: str, seconds: float, width: float) -> Shot:
   """Draws lots for one shot. seconds: its length; width: of the frame, in units."""
   pan = rng.uniform(*PAN) * width * rng.choice([-1, 1])
-  actions = [_choose_action(rng) for _ in range(rng.choice([1, 2, 3], p=[.3, .5, .2]))]
+  actions = [_choose_action(rng) for _ in range(rng.choice([1, 2, 3], p=[.4, .45, .15]))]
   if any(action not in cartoon.MOVING for _, action in actions):
     # Who stays in place drifts out of the picture as fast as the camera moves.
     pan = np.sign(pan) * min(abs(pan), .72 * width / seconds)
@@ -94,7 +94,7 @@ def plan_shot(rng: np.random.Generator, place: str, seconds: float, width: float
     speed = pan + drift
     direction = np.sign(speed) or rng.choice([-1, 1])
     paint, trim = (str(name) for name in rng.choice(list(cartoon.PAINTS), 2, replace=False))
-    motion = (rng.uniform(1.1, 1.8), float(direction), float(speed), float(middle - drift * seconds / 2))
+    motion = (rng.uniform(1.4, 2.2), float(direction), float(speed), float(middle - drift * seconds / 2))
     characters.append(cartoon.Character(
       kind, str(rng.choice(list(cartoon.BUILDS))), paint, trim, action, rng.uniform(50, 66) - 4 * bool(number),
       rng.uniform(86, 94) + (number and rng.uniform(-5, 5)), motion, blink=rng.uniform(0, 2.3)))
