@@ -1,0 +1,93 @@
+"""Every field of every config, once, with its unit and the reason for its value. Other configs start from this one.
+
+  python -m anisora_jax.train --config configs/base.py --config.data.records=out/records --workdir out/run
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+  config = ConfigDict()
+  config.seed = 0  # of every random draw: parameters, order of clips, tasks, times, noise
+
+  config.mesh = ConfigDict({  # devices along each axis; they multiply to the count of devices, and one may be -1
+    "data": 1,    # copies of the weights
+    "fsdp": -1,   # weights and batch split: costs one gather of each layer, saves memory
+    "seq": 1,     # tokens of each frame split, by ring attention: for clips too long for one device
+    "tensor": 1,  # heads and MLP split: needs fast links, and heads that divide
+  })
+  config.model = ConfigDict({
+    "size": "tiny",           # in anisora_jax/models/wan/sizes.py
+    "attention": "ring",      # full or ring; a ring over seq = 1 is full
+    "kernel": "dense",        # dense anywhere; cudnn on NVIDIA GPUs in bfloat16
+    "remat": "attention",     # what a layer keeps for its backward pass: none, attention, matmuls, full
+    "dtype": "float32",       # of arithmetic, bfloat16 on accelerators; parameters are always float32
+  })
+  config.codec = ConfigDict({
+    "name": "pixels",         # pixels moved into channels, no weights
+    "spatial": 2,             # pixels a side of a latent cell
+    "temporal": 1,            # pixel frames of a latent frame
+  })
+  config.data = ConfigDict({
+    "records": "",            # folders written by data/pack.py, or tfds:NAME: "A" or "A=0.7,tfds:B=0.3"
+    "buckets": "9x32x48@16",  # frames x height x width @ clips of a global batch, several with weights: "...@16:3,...@4:1"
+    "fps": 12.0,              # frames/s that clips are paced to; most animation is drawn at 8 to 12
+    "threads": 2,             # readers of a host; decoding leaves Python's lock
+  })
+  config.tasks = ConfigDict({  # how often each is drawn; the weights need not add to 1. The mix follows AniSora's uses.
+    "none": 0.05,             # text alone
+    "first": 0.25,            # image to video
+    "last": 0.03,
+    "first_last": 0.2,        # in-betweening
+    "loop": 0.02,             # the same mask; one image at both ends when sampling
+    "keyframes": 0.15,        # one to five frames anywhere
+    "every_nth": 0.05,        # repair between good frames
+    "continuation": 0.1,      # the first frames, up to half of the clip
+    "box": 0.05,              # regions, kept or regenerated, with the first frame
+    "blob": 0.03,
+    "character": 0.07,        # the tracked character, where records have one
+  })
+  config.times = ConfigDict({
+    "per_frame": 0.2,         # probability that frames of a sample draw their own noise time (PTSS); 1 to adapt a model
+    "late_per_frame": 0.5,    # the same, from `late_from` on
+    "late_from": 0.75,        # share of the steps
+    "law": "uniform",         # uniform or logit_normal, before the shift
+    "shift": 1.0,             # toward noise; Wan: 3 at 480p, 5 at 720p; small pixels need none
+    "pattern": "independent", # how frames draw apart: independent, blocks, monotone, rolling
+    "block": 1,               # latent frames that share a time in the pattern "blocks"
+  })
+  config.loss = ConfigDict({
+    "weight": "none",         # of a noise time: none, or Wan's bell
+    "drop_text": 0.1,         # probability of training a sample without its caption, for guidance
+    "drop_condition": 0.05,   # ... with nothing given
+  })
+  config.optimizer = ConfigDict({
+    "rate": 1e-3,             # peak learning rate; 1e-5 to fine-tune a large model
+    "warmup": 50,             # steps
+    "schedule": "cosine",     # after the warm-up: constant or cosine
+    "final": 0.05,            # share of the peak where the cosine ends
+    "b1": 0.9,
+    "b2": 0.95,
+    "eps": 1e-8,
+    "decay": 1e-4,            # of kernels only
+    "clip": 1.0,              # largest global norm of the gradients
+    "frozen": "",             # regular expression on parameter paths that are not trained; "" for none
+    "ema": 0.9999,            # limit of the average's decay; it starts at 0.1 and rises as (1 + n) / (10 + n)
+  })
+  config.train = ConfigDict({
+    "steps": 1000,
+    "micro_batches": 1,       # parts of a batch, worked one after the other to save memory; the result is the same
+    "report": 10,             # steps between reports
+    "held_out": 200,          # steps between held-out losses, 0 for never
+    "held_out_batches": 2,    # batches of held-out clips in one such loss
+    "checkpoint": 200,        # steps between checkpoints, 0 for only the last
+    "keep": 3,                # checkpoints kept
+  })
+  config.sample = ConfigDict({
+    "solver": "euler",        # euler, heun (two network calls a step), unipc
+    "steps": 20,
+    "shift": 1.0,             # toward noise, as times.shift
+    "multiplier": 0.0,        # noise left on given frames: 0 never moves them, 0.2 lets them live (Pusa)
+    "guidance": 1.0,          # of the caption; 1 is a single pass
+  })
+  return config
