@@ -6,6 +6,7 @@ the network, so one compiled step serves them all.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -25,6 +26,9 @@ class Scene(NamedTuple):
 
   character: SampleMask
   stride: int
+
+
+Task = Callable[[Key[Array, ""], Scene], SampleMask]
 
 
 def of_frames(given: Bool[Array, "F"], scene: Scene) -> SampleMask:
@@ -112,7 +116,7 @@ def _character(key: Key[Array, ""], scene: Scene) -> Region:
   return jnp.where(scene.character.any(), spread(spread(scene.character, 1), 2), _blob(key, scene))
 
 
-def region(shape: Callable[[Key[Array, ""], Scene], Region]) -> Callable[[Key[Array, ""], Scene], SampleMask]:
+def region(shape: Callable[[Key[Array, ""], Scene], Region]) -> Task:
   """A task that keeps or regenerates a region, by a coin. Frame 0 is given whole."""
   def task(key: Key[Array, ""], scene: Scene) -> SampleMask:
     coin, place = jax.random.split(key)
@@ -137,6 +141,10 @@ TASKS = {  # name in configs -> (key, scene) -> mask
 }
 
 
+def _with_stride(task: Task, stride: int, key: Key[Array, ""], character: SampleMask) -> SampleMask:
+  return task(key, Scene(character, stride))  # the stride fixes shapes and must not be traced
+
+
 @dataclass(frozen=True)
 class Mixture:
   """Tasks and how often each is drawn; weights need not add to 1."""
@@ -153,12 +161,12 @@ class Mixture:
 
   def __call__(self, keys: Key[Array, "b"], character: PixelMask, stride: int) -> PixelMask:
     """One mask for each sample's key."""
-    tasks = [TASKS[name] for name, weight in self.weights.items() if weight > 0]
+    tasks = [partial(_with_stride, TASKS[name], stride) for name, weight in self.weights.items() if weight > 0]
     weights = np.array([weight for weight in self.weights.values() if weight > 0])
 
     def one(key: Key[Array, ""], character: SampleMask) -> SampleMask:
       choice, draw = jax.random.split(key)
       number = jax.random.choice(choice, len(tasks), p=weights / weights.sum())
-      return jax.lax.switch(number, tasks, draw, Scene(character, stride))
+      return jax.lax.switch(number, tasks, draw, character)
 
     return jax.vmap(one)(keys, character)

@@ -17,6 +17,7 @@ from einops import rearrange
 from jax.nn import initializers
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from anisora_jax.models import rope
@@ -63,7 +64,7 @@ class Attention(nn.Module):
   mesh: Mesh
   pattern: str
   kernel: str
-  dtype: jnp.dtype
+  dtype: DTypeLike
 
   def project(self, x: Float[Array, "... d"], name: str) -> Float[Array, "... a k"]:
     """One of q, k, v, split into heads; queries and keys are normalised before the split."""
@@ -105,7 +106,7 @@ class Block(nn.Module):
   mesh: Mesh
   pattern: str
   kernel: str
-  dtype: jnp.dtype
+  dtype: DTypeLike
 
   @nn.compact
   def __call__(self, x: Tokens, time: Time, text, image, turns, segments) -> tuple[Tokens, None]:
@@ -129,10 +130,10 @@ class ImageTokens(nn.Module):
   """Tokens of an image encoder, brought to the transformer's width (Wan 2.1 image-to-video)."""
 
   width: int
-  dtype: jnp.dtype
+  dtype: DTypeLike
 
   @nn.compact
-  def __call__(self, image: Float[Array, "b i e"]) -> Float[Array, "b i d"]:
+  def __call__(self, image: Float[Array, "b i y"]) -> Float[Array, "b i d"]:
     y = LayerNorm(eps=1e-5, name="norm_in")(image)
     y = MLP(image.shape[-1], self.width, self.dtype, activation=partial(nn.gelu, approximate=False), name="mlp")(y)
     return LayerNorm(eps=1e-5, name="norm_out")(y)
@@ -142,7 +143,7 @@ class Head(nn.Module):
   """Tokens -> the velocity of their patch."""
 
   size: Size
-  dtype: jnp.dtype
+  dtype: DTypeLike
 
   @nn.compact
   def __call__(self, x: Tokens, time: Float[Array, "b _ d"]) -> Float[Array, "b f n i"]:
@@ -161,11 +162,11 @@ class WanDiT(nn.Module):
   pattern: str = "ring"
   kernel: str = "dense"
   remat: str = "attention"
-  dtype: jnp.dtype = jnp.float32
+  dtype: DTypeLike = jnp.float32
 
   @nn.compact
   def __call__(self, x: Latents, t: Float[Array, "b _"], text: Text, given: Float[Array, "b f h w g"] | None = None,
-               image: Float[Array, "b i e"] | None = None) -> Latents:
+               image: Float[Array, "b i y"] | None = None) -> Latents:
     """Velocity `[b, f, h, w, c]` in f32.
 
     t: `[b, f]`, or `[b, 1]` when all frames share a time. text: s up to size.text_tokens, may be 0. given: mask then
