@@ -1,0 +1,221 @@
+"""Save and restore sharded state with the loader's position and the config, in the background, onto any mesh.
+
+    checkpoints/
+      8/            a finished checkpoint: Orbax's files and the manifest.json of all of them
+      unfinished/   what is being written or deleted; belongs to nobody once its writer is dead
+
+Orbax writes into unfinished/<step>, the manifest is added there, and one rename makes the checkpoint appear whole: a
+kill at any moment leaves either a checkpoint whose every byte can be checked, or rubbish that is never looked at.
+A folder without a manifest, a link and any other name are somebody else's: never read, never deleted.
+"""
+
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jaxtyping import PyTree
+from orbax.checkpoint import v1 as ocp
+
+from anisora_jax.checkpoints import manifest
+from anisora_jax.errors import BadInput
+
+
+def agreed(number: int) -> int:
+  """The first host's number, on every host: hosts that decided apart would wait for each other for ever."""
+  if jax.process_count() == 1:
+    return number
+  return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
+def size(state: PyTree) -> int:
+  """Bytes of all leaves, over all hosts; what a checkpoint takes at most (Orbax compresses)."""
+  return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+
+def leaves_by_path(tree: PyTree) -> dict[str, Any]:
+  """Leaves by "params/block/kernel"; the same for a dataclass, a named tuple and the dict Orbax makes of either."""
+  return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+          for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def refuse_other_model(stored: PyTree, wanted: PyTree, where: Path) -> None:
+  """Raises BadInput naming the first array that the checkpoint and the model do not share in shape and dtype.
+
+  Orbax casts a dtype silently. Leaves of `wanted` that are `...` are left out of the restore and match anything.
+  """
+  have, want = leaves_by_path(stored), leaves_by_path(wanted)
+  wrong = []
+  for path in [*want, *(path for path in have if path not in want)]:
+    a, b = (f"{tree[path].dtype}{list(tree[path].shape)}" if path in tree and tree[path] is not ... else None
+            for tree in (have, want))
+    skipped = path in want and want[path] is ... and a is not None
+    if a != b and not skipped:
+      wrong.append(f"{path} is {a or 'absent'} in the checkpoint and {b or 'absent'} in the model")
+  if wrong:
+    others = f" (and {len(wrong) - 1} more differ)" if len(wrong) > 1 else ""
+    raise BadInput(f"{where} is of another model: {wrong[0]}{others}: use the config it was trained with.")
+
+
+class Checkpoints:
+  """The checkpoints of one run, in one folder. Every host makes the same calls in the same order.
+
+  keep: how many finished checkpoints remain; the older ones are deleted after a new one is finished, never before.
+  say: takes one line of text for the user.
+  """
+
+  def __init__(self, folder: str | Path, keep: int = 3, say: Callable[[str], None] = print):
+    if keep < 1:
+      raise BadInput(f"checkpoints to keep: got {keep}, need at least 1.")
+    # Orbax wants absolute paths.
+    self.folder, self.keep, self.say = Path(folder).absolute(), keep, say
+    self._thread: threading.Thread | None = None
+    self._failure: str | None = None
+    self._spoilt: set[int] = set()
+
+  def __enter__(self) -> "Checkpoints":
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    """Lets the save that is being written end, also when the trainer dies of something else; says if it failed."""
+    self._join()
+    if self._failure:
+      self.say(self._failure)
+
+  @property
+  def _unfinished(self) -> Path:
+    return self.folder / "unfinished"
+
+  def steps(self) -> list[int]:
+    """Steps of the finished checkpoints, oldest first; their bytes are not checked here."""
+    return [step for step in self._numbered() if (self.folder / str(step) / manifest.NAME).is_file()]
+
+  def _numbered(self) -> list[int]:
+    if not self.folder.is_dir():
+      return []
+    # str(int(name)) == name: "008" and "²" are not ours.
+    return sorted(int(path.name) for path in self.folder.iterdir()
+                  if path.name.isdecimal() and str(int(path.name)) == path.name and path.is_dir()
+                  and not path.is_symlink())
+
+  def save(self, step: int, state: PyTree, loader: dict, config: dict) -> float:
+    """Begins to save and returns the seconds that the caller was held up. loader, config: JSON.
+
+    The state may be donated or changed as soon as this returns. Waits first for a save that is still being written.
+    A save that failed, now or before, is said in one line and leaves the earlier checkpoints as they are.
+    """
+    began = time.perf_counter()
+    self._join()
+    if self._failure:
+      self.say(self._failure)
+    self._failure = None
+    if not agreed(self._prepare(step, size(state))):
+      self.say(self._failure or f"the checkpoint of step {step} was not written: see the first host's message.")
+      return time.perf_counter() - began
+    response = ocp.save_checkpointables_async(self._unfinished / str(step), {"state": state},
+                                              custom_metadata={"loader": loader, "config": config})
+    self._thread = threading.Thread(target=self._finish, args=(step, response.result), name=f"checkpoint {step}")
+    self._thread.start()
+    return time.perf_counter() - began
+
+  def wait(self) -> None:
+    """Waits until the last save is finished; raises BadInput if it failed, for then its steps would be lost."""
+    self._join()
+    if self._failure:
+      message, self._failure = self._failure, None
+      raise BadInput(message)
+
+  def restore(self, abstract: PyTree) -> tuple[int, PyTree, dict]:
+    """The newest checkpoint whose bytes are all as written: its step, its state, the loader's position.
+
+    abstract: the state's tree of jax.ShapeDtypeStruct with shardings, of whatever mesh; a leaf `...` is not read.
+    Says in one line which newer checkpoints were passed over, and why. Raises BadInput if none is good or if the
+    checkpoint is of another model.
+    """
+    step = agreed(self._newest_good() if jax.process_index() == 0 else 0)
+    if step < 0:
+      raise BadInput(f"{self.folder} holds no good checkpoint: restore it from a copy, or start in another folder.")
+    path = self.folder / str(step)
+    about = ocp.checkpointables_metadata(path)
+    refuse_other_model(about.metadata["state"], abstract, path)
+    state = ocp.load_checkpointables(path, {"state": abstract})["state"]
+    return step, state, about.custom_metadata["loader"]
+
+  def config(self, step: int) -> dict:
+    """The config that a checkpoint was saved with."""
+    return ocp.checkpointables_metadata(self.folder / str(step)).custom_metadata["config"]
+
+  def _newest_good(self) -> int:
+    """The newest step whose bytes are as written, or -1."""
+    for step in reversed(self._numbered()):
+      path = self.folder / str(step)
+      if not (path / manifest.NAME).exists():
+        self.say(f"{path} has no {manifest.NAME}: not a finished checkpoint, ignored.")
+        continue
+      wrong = manifest.fault(path, step)
+      if wrong is None:
+        return step
+      self._spoilt.add(step)
+      self.say(f"{path} is damaged: {wrong}; looking for the checkpoint before it.")
+    return -1
+
+  def _prepare(self, step: int, need: int) -> bool:
+    """Clears what dead or failed saves left, and sees whether there is room. Only the first host touches files."""
+    if jax.process_index() != 0:
+      return True
+    try:
+      self._unfinished.mkdir(parents=True, exist_ok=True)
+      for path in self._unfinished.iterdir():
+        shutil.rmtree(path)
+      free = shutil.disk_usage(self.folder).free
+    except OSError as error:
+      self._failure = f"the checkpoint of step {step} was not written: {error}."
+      return False
+    if free < need:
+      self._failure = (f"the checkpoint of step {step} was not written: {self.folder} has {free:,} bytes free and it "
+                       f"needs up to {need:,}: free some space; earlier checkpoints are untouched.")
+    return free >= need
+
+  def _finish(self, step: int, written: Callable[[], None]) -> None:
+    """In the background: waits for Orbax, adds the manifest, makes the checkpoint appear, deletes old ones."""
+    try:
+      written()  # every host's files are there: Orbax commits behind a barrier
+      if jax.process_index() == 0:
+        manifest.write(self._unfinished / str(step), step)
+        self._appear(step)
+        self._delete_old(step)
+    except Exception as error:  # whatever it is, it belongs to the thread that trains, which asks for it
+      reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+      self._failure = (f"the checkpoint of step {step} was not finished: {reason}; "
+                       f"earlier checkpoints in {self.folder} are untouched.")
+
+  def _appear(self, step: int) -> None:
+    final = self.folder / str(step)
+    if step in self.steps():
+      # Damaged and redone, or a step trained again from an older one.
+      final.rename(self._unfinished / f"{step}.replaced")
+    if final.is_symlink() or final.exists():
+      raise FileExistsError(f"{final} is in the way and is not ours: move it away")
+    (self._unfinished / str(step)).rename(final)
+    self._spoilt.discard(step)
+    shutil.rmtree(self._unfinished / f"{step}.replaced", ignore_errors=True)
+
+  def _delete_old(self, step: int) -> None:
+    """Of the checkpoints up to this step leaves the newest `keep` good ones. Newer ones are none of this run's."""
+    ours = [other for other in self.steps() if other <= step]
+    good = [other for other in ours if other not in self._spoilt][-self.keep:]
+    for other in set(ours) - set(good):
+      # The rename comes first: a kill during the deletion must not leave half a checkpoint under a good name.
+      rubbish = self._unfinished / f"{other}.deleted"
+      (self.folder / str(other)).rename(rubbish)
+      shutil.rmtree(rubbish)
+
+  def _join(self) -> None:
+    if self._thread:
+      self._thread.join()
+      self._thread = None

@@ -1,0 +1,103 @@
+"""A run's folder: one trainer at a time, one config for its whole life.
+
+    config.json   what the run was started with       lock   who trains here now
+"""
+
+import fcntl
+import fnmatch
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from anisora_jax.errors import BadInput
+
+ABSENT = "absent"
+
+
+@contextmanager
+def usable(folder: Path) -> Iterator[None]:
+  """Turns a folder that cannot be written (rights, full disk, a file of that name) into BadInput."""
+  try:
+    yield
+  except OSError as error:
+    raise BadInput(f"{folder} cannot be a run's folder: {error.strerror}: free it, or take another.") from None
+
+
+@contextmanager
+def lock(folder: str | Path, say: Callable[[str], None] = print) -> Iterator[None]:
+  """Holds a run's folder, making it if need be; raises BadInput while another trainer does. Only the first host calls.
+
+  The kernel's lock ends with the process that holds it, however it dies, so none is ever stale; host and process id
+  stand in the file for the message only.
+  """
+  folder = Path(folder)
+  with usable(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / "lock").open("a+")
+  with file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      file.seek(0)
+      raise BadInput(f"{folder} is in use by {file.read().strip() or 'another trainer'}: wait for it or stop it, or "
+                     f"take another folder.") from None
+    except OSError as error:
+      say(f"{folder} is on a file system without locks ({error.strerror}): see that no other trainer uses it.")
+    with usable(folder):
+      file.truncate(0)
+      file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+      file.flush()
+    yield
+    file.truncate(0)
+
+
+def flatten(config: dict, prefix: str = "") -> dict[str, Any]:
+  """{"train": {"rate": 1}} -> {"train.rate": 1}; lists and empty dicts are values."""
+  flat = {}
+  for name, value in config.items():
+    flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {prefix + name: value}
+  return flat
+
+
+def differences(old: dict, new: dict) -> dict[str, str]:
+  """{"train.rate": "0.0001 -> 0.001"} for every field that is not the same, in the order of their names."""
+  # Through JSON, as the old one has been: a tuple and a list are one thing there.
+  before, after = (flatten(json.loads(json.dumps(config))) for config in (old, new))
+  show = {name: [json.dumps(config[name]) if name in config else ABSENT for config in (before, after)]
+          for name in sorted(before | after)}
+  return {name: f"{a} -> {b}" for name, (a, b) in show.items() if a != b}
+
+
+def keep_config(folder: str | Path, config: dict, may_change: Iterable[str] = ()) -> dict[str, str]:
+  """Writes config.json into a new run's folder, or holds it against the one there. Returns what changed, to be said.
+
+  config: JSON. may_change: names of fields, or patterns like "report.*", that a run may resume with otherwise; the
+  file then takes the new values. Raises BadInput with every other difference, as "field: old -> new".
+  """
+  path, allowed = Path(folder) / "config.json", list(may_change)
+  changed: dict[str, str] = {}
+  if path.exists():
+    try:
+      old = json.loads(path.read_text())
+    except ValueError:
+      old = None
+    if not isinstance(old, dict):
+      raise BadInput(f"{path} is not a config that can be read: restore it, or take another folder.")
+    changed = differences(old, config)
+    refused = [f"{name}: {change}" for name, change in changed.items()
+               if not any(fnmatch.fnmatchcase(name, pattern) for pattern in allowed)]
+    if refused:
+      raise BadInput(f"{folder} holds a run of another config ({'; '.join(refused)}): take these back, or take another "
+                     f"folder.")
+  if changed or not path.exists():
+    # A rename, so that a kill leaves the old file or the new one.
+    partial = path.with_suffix(".partial")
+    with usable(Path(folder)):
+      partial.write_text(json.dumps(config, indent=2) + "\n")
+      partial.replace(path)
+  return changed

@@ -1,0 +1,323 @@
+"""What was saved comes back bit for bit, or is known not to; a run's folder has one trainer and one config."""
+
+import json
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toy_run as toy
+
+from anisora_jax.checkpoints import manifest, orbax, workdir
+from anisora_jax.checkpoints.orbax import Checkpoints
+from anisora_jax.errors import BadInput
+
+LOADER, CONFIG = {"global_next_index": 2**40 + 1}, {"model": {"sizes": [1, 2]}, "rate": 0.1}
+
+
+@pytest.fixture(scope="module")
+def states():
+  """Three states of one run, kept as host copies: the devices' own are donated from step to step."""
+  mesh = toy.mesh_of(8)
+  numbers, now, kept = toy.Numbers(), toy.placed(mesh), []
+  for _ in range(3):
+    now, _ = toy.step(now, toy.place(mesh, next(numbers) | {"stop": np.zeros(toy.BATCH, np.int32)}))
+    kept.append(jax.tree.map(lambda x: np.array(x), now))
+  return kept
+
+
+def on(mesh, kept):
+  return jax.device_put(kept, toy.placements(kept, mesh))
+
+
+def save(folder, states, *steps, keep=3, say=print):
+  checkpoints = Checkpoints(folder, keep, say)
+  for step in steps:
+    checkpoints.save(step, on(toy.mesh_of(8), states[step % len(states)]), LOADER, CONFIG)
+    checkpoints.wait()
+  return checkpoints
+
+
+def assert_same_bits(a, b):
+  assert jax.tree.structure(a) == jax.tree.structure(b)
+  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+    assert x.dtype == y.dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+def files_of(folder: Path) -> list[Path]:
+  return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("devices", [8, 4, 2])
+def test_state_comes_back_bit_for_bit_on_any_mesh(tmp_path, states, devices):
+  save(tmp_path, states, 4)
+  mesh = toy.mesh_of(devices)
+  step, state, loader = Checkpoints(tmp_path).restore(toy.abstract(mesh))
+  assert (step, loader) == (4, LOADER)
+  assert_same_bits(state, states[4 % 3])
+  assert {leaf.dtype.name for leaf in jax.tree.leaves(state)} == {"float32", "bfloat16", "int32"}
+  assert jax.tree.map(lambda x: x.sharding, state) == toy.placements(state, mesh)
+  assert Checkpoints(tmp_path).config(4) == CONFIG
+
+
+def test_a_save_holds_the_moment_it_was_asked_for(tmp_path, states):
+  mesh, numbers = toy.mesh_of(8), toy.Numbers()
+  now, checkpoints = on(mesh, states[0]), Checkpoints(tmp_path)
+  expected = jax.tree.map(lambda x: np.array(x), now)
+  checkpoints.save(1, now, LOADER, CONFIG)
+  for _ in range(5):  # each donates the buffers of the one before
+    now, _ = toy.step(now, toy.place(mesh, next(numbers) | {"stop": np.zeros(toy.BATCH, np.int32)}))
+  checkpoints.wait()
+  assert_same_bits(checkpoints.restore(toy.abstract(mesh))[1], expected)
+
+
+def test_a_part_is_restored_where_the_rest_is_left_out(tmp_path, states):
+  save(tmp_path, states, 4)
+  abstract = toy.abstract(toy.mesh_of(4))
+  only = jax.tree.map(lambda _: ..., abstract).replace(ema=abstract.ema)
+  _, state, _ = Checkpoints(tmp_path).restore(only)
+  assert_same_bits(state.ema, states[1].ema)
+  assert state.step is ... and set(jax.tree.leaves(state.params)) == {...}
+
+
+def test_the_last_n_remain(tmp_path, states):
+  checkpoints = save(tmp_path, states, 1, 2, 3, 4, keep=2)
+  assert checkpoints.steps() == [3, 4]
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["3", "4", "unfinished"]
+  assert not any((tmp_path / "unfinished").iterdir())
+
+
+def test_every_flipped_bit_is_seen_and_the_step_before_is_used(tmp_path, states):
+  save(tmp_path, states, 4, 8)
+  draw, abstract = random.Random(0), toy.abstract(toy.mesh_of(8))
+  victims = [path for path in files_of(tmp_path / "8") if path.stat().st_size]
+  assert len(victims) > 5
+  for path in victims + draw.choices(victims, k=20):
+    whole = path.read_bytes()
+    spoilt = bytearray(whole)
+    spoilt[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
+    path.write_bytes(spoilt)
+    wrong = manifest.fault(tmp_path / "8", 8)
+    assert wrong and (path.name == manifest.NAME or path.relative_to(tmp_path / "8").as_posix() in wrong)
+    path.write_bytes(whole)
+  assert manifest.fault(tmp_path / "8", 8) is None
+  path = max(victims, key=lambda path: path.stat().st_size)
+  path.write_bytes(bytes(spoilt := bytearray(path.read_bytes()))[:-1] + bytes([spoilt[-1] ^ 1]))
+  said = []
+  step, state, _ = Checkpoints(tmp_path, say=said.append).restore(abstract)
+  assert step == 4 and len(said) == 1 and path.name in said[0] and "\n" not in said[0]
+  assert_same_bits(state, states[1])
+
+
+@pytest.mark.parametrize("harm", ["delete", "truncate", "empty", "no manifest", "moved", "newer format"])
+def test_a_checkpoint_that_is_not_whole_is_passed_over(tmp_path, states, harm):
+  save(tmp_path, states, 4, 8)
+  last = tmp_path / "8"
+  data = max((path for path in files_of(last) if path.parent.name == "d"), key=lambda path: path.stat().st_size)
+  if harm == "delete":
+    data.unlink()
+  elif harm == "truncate":
+    data.write_bytes(data.read_bytes()[:-1])
+  elif harm == "empty":
+    shutil.rmtree(last / "state")
+  elif harm == "no manifest":
+    (last / manifest.NAME).unlink()
+  elif harm == "moved":
+    last.rename(tmp_path / "9")
+  else:
+    text = (last / manifest.NAME).read_text()
+    (last / manifest.NAME).write_text(text.replace('"format":1', '"format":2'))
+  said = []
+  assert Checkpoints(tmp_path, say=said.append).restore(toy.abstract(toy.mesh_of(8)))[0] == 4
+  assert len(said) == 1 and "\n" not in said[0]
+
+
+def test_where_nothing_is_good_one_line_says_so(tmp_path, states):
+  save(tmp_path, states, 4)
+  (tmp_path / "4" / "_CHECKPOINT_METADATA").unlink()
+  for folder in (tmp_path, tmp_path / "none"):
+    with pytest.raises(BadInput, match="holds no good checkpoint") as caught:
+      Checkpoints(folder, say=lambda _: None).restore(toy.abstract(toy.mesh_of(8)))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_checkpoint_is_replaced_when_its_step_comes_again_and_never_outlives_a_good_one(tmp_path, states):
+  save(tmp_path, states, 4, 6, 8)
+  for step in (6, 8):
+    (tmp_path / str(step) / "_CHECKPOINT_METADATA").write_bytes(b"")
+  checkpoints = Checkpoints(tmp_path, keep=2, say=lambda _: None)
+  assert checkpoints.restore(toy.abstract(toy.mesh_of(8)))[0] == 4
+  for step, remain in ((7, [4, 7, 8]), (8, [7, 8])):
+    checkpoints.save(step, on(toy.mesh_of(8), states[step % 3]), LOADER, CONFIG)
+    checkpoints.wait()
+    assert checkpoints.steps() == remain
+  assert checkpoints.restore(toy.abstract(toy.mesh_of(8)))[0] == 8
+
+
+def test_what_is_not_ours_is_neither_read_nor_deleted(tmp_path, states):
+  elsewhere = tmp_path / "elsewhere"
+  save(elsewhere, states, 5)
+  folder = tmp_path / "checkpoints"
+  for name in ("999999", "12.orbax-checkpoint-tmp", "notes", "007", "-1"):
+    (folder / name).mkdir(parents=True)
+    (folder / name / "file").write_text("mine")
+  (folder / "77").symlink_to(elsewhere / "5")
+  (folder / "88").write_text("a file")
+  before = {path.name for path in folder.iterdir()}
+  said = []
+  checkpoints = save(folder, states, 1, 2, 3, keep=1, say=said.append)
+  assert checkpoints.steps() == [3]
+  assert {path.name for path in folder.iterdir()} == before | {"3", "unfinished"}
+  assert checkpoints.restore(toy.abstract(toy.mesh_of(8)))[0] == 3
+  assert len(said) == 1 and "999999" in said[0]
+  checkpoints.save(999999, on(toy.mesh_of(8), states[0]), LOADER, CONFIG)
+  with pytest.raises(BadInput, match="in the way and is not ours"):
+    checkpoints.wait()
+  assert (folder / "999999" / "file").read_text() == "mine" and (elsewhere / "5" / manifest.NAME).exists()
+
+
+@pytest.mark.parametrize("change, said", [
+  (lambda a: a.replace(params=a.params | {"bias": jax.ShapeDtypeStruct((8,), jnp.float32)}),
+   "params/bias is float32[16] in the checkpoint and float32[8] in the model: use"),
+  (lambda a: a.replace(params=a.params | {"bias": jax.ShapeDtypeStruct((16,), jnp.bfloat16)}),
+   "params/bias is float32[16] in the checkpoint and bfloat16[16] in the model: use"),
+  (lambda a: a.replace(params=a.params | {"gate": jax.ShapeDtypeStruct((1,), jnp.float32)}, opt=()),
+   "params/gate is absent in the checkpoint and float32[1] in the model (and "),
+  (lambda a: a.replace(params={k: v for k, v in a.params.items() if k != "bias"}),
+   "params/bias is float32[16] in the checkpoint and absent in the model: use"),
+])
+def test_a_checkpoint_of_another_model_is_refused_in_one_line(tmp_path, states, change, said):
+  save(tmp_path, states, 4)
+  with pytest.raises(BadInput) as caught:
+    Checkpoints(tmp_path).restore(change(toy.abstract(toy.mesh_of(8))))
+  assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_save_that_the_disk_refuses_is_told_at_the_next_call_and_costs_no_other(tmp_path, states):
+  said = []
+  checkpoints = save(tmp_path, states, 4, say=said.append)
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  # The kernel refuses every file beyond so many bytes, as it does on a full disk.
+  resource.setrlimit(resource.RLIMIT_FSIZE, (600, limits[1]))
+  try:
+    checkpoints.save(8, on(toy.mesh_of(8), states[0]), LOADER, CONFIG)
+    checkpoints._join()
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  assert checkpoints.steps() == [4] and said == []
+  checkpoints.save(12, on(toy.mesh_of(8), states[0]), LOADER, CONFIG)
+  assert len(said) == 1 and "step 8 was not finished" in said[0] and "\n" not in said[0]
+  checkpoints.wait()
+  assert checkpoints.steps() == [4, 12]
+
+
+def test_without_room_nothing_is_written_and_the_line_names_path_and_bytes(tmp_path, states, monkeypatch):
+  said = []
+  checkpoints = save(tmp_path, states, 4, say=said.append)
+  monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1234))
+  checkpoints.save(8, on(toy.mesh_of(8), states[0]), LOADER, CONFIG)
+  need = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(states[0]))
+  assert said == [f"the checkpoint of step 8 was not written: {tmp_path} has 1,234 bytes free and it needs up to "
+                  f"{need:,}: free some space; earlier checkpoints are untouched."]
+  with pytest.raises(BadInput, match="step 8 was not written"):
+    checkpoints.wait()
+  checkpoints.wait()  # told once
+  assert checkpoints.steps() == [4]
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, states):
+  (tmp_path / "file").write_text("")
+  checkpoints = Checkpoints(tmp_path / "file" / "checkpoints", say=lambda _: None)
+  checkpoints.save(1, on(toy.mesh_of(8), states[0]), LOADER, CONFIG)
+  with pytest.raises(BadInput, match="Not a directory"):
+    checkpoints.wait()
+
+
+SAVER = """
+import sys; sys.argv = ["toy", "", "", "2"]
+import jax.numpy as jnp
+from anisora_jax.checkpoints.orbax import Checkpoints
+checkpoints = Checkpoints({folder!r}, keep=2)
+first = max(checkpoints.steps(), default=0) + 1
+for step in range(first, first + 1000):
+  checkpoints.save(step, {{"x": [jnp.full((256, 256), step + part) for part in range(8)]}}, {{"at": step}}, {{}})
+  checkpoints.wait()
+  print(step, flush=True)
+"""
+
+
+def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
+  draw, abstract = random.Random(time.time_ns()), {"x": [jax.ShapeDtypeStruct((256, 256), jnp.int32)] * 8}
+  abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.SingleDeviceSharding(
+    jax.devices()[0])), abstract)
+  for _ in range(3):
+    saver = subprocess.Popen([sys.executable, "-c", SAVER.format(folder=str(tmp_path))], stdout=subprocess.PIPE,
+                             cwd=Path(__file__).parents[1], text=True)
+    finished = [int(saver.stdout.readline()), int(saver.stdout.readline())]
+    time.sleep(draw.uniform(0, 0.3))
+    saver.send_signal(signal.SIGKILL)
+    finished += [int(line) for line in saver.stdout.read().split()]
+    said = []
+    step, state, loader = Checkpoints(tmp_path, say=said.append).restore(abstract)
+    assert step >= finished[-1] and loader == {"at": step} and said == []
+    assert [int(x.min()) for x in state["x"]] == [int(x.max()) for x in state["x"]] == [step + p for p in range(8)]
+
+
+def test_one_trainer_at_a_time_and_a_killed_one_locks_nothing(tmp_path):
+  holder = subprocess.Popen([sys.executable, "-c", f"""
+import time
+from anisora_jax.checkpoints import workdir
+with workdir.lock({str(tmp_path)!r}):
+  print("held", flush=True); time.sleep(60)
+"""], stdout=subprocess.PIPE, cwd=Path(__file__).parents[1], text=True)
+  assert holder.stdout.readline() == "held\n"
+  with pytest.raises(BadInput, match=f"in use by process {holder.pid} on ") as caught, workdir.lock(tmp_path):
+    pass
+  assert "\n" not in str(caught.value)
+  holder.kill()
+  holder.wait()
+  for _ in range(2):
+    with workdir.lock(tmp_path):
+      assert "process" in (tmp_path / "lock").read_text()
+
+
+def test_a_folder_that_cannot_be_locked_is_one_line(tmp_path):
+  (tmp_path / "file").write_text("")
+  with pytest.raises(BadInput, match="cannot be a run's folder"), workdir.lock(tmp_path / "file"):
+    pass
+
+
+def test_another_config_is_refused_with_the_difference(tmp_path):
+  old = {"model": {"depth": 4, "sizes": (1, 2)}, "train": {"steps": 10, "rate": 1e-4}, "gone": None}
+  assert workdir.keep_config(tmp_path, old) == {}
+  assert workdir.keep_config(tmp_path, old) == {}
+  new = {"model": {"depth": 6, "sizes": [1, 2]}, "train": {"steps": 20, "rate": 1e-4}, "added": {"a": []}}
+  with pytest.raises(BadInput) as caught:
+    workdir.keep_config(tmp_path, new, ["train.*"])
+  assert str(caught.value) == (f"{tmp_path} holds a run of another config (added.a: absent -> []; "
+                               f"gone: null -> absent; model.depth: 4 -> 6): take these back, or take another folder.")
+  assert json.loads((tmp_path / "config.json").read_text())["train"]["steps"] == 10
+  more = {**old, "train": {"steps": 20, "rate": 1e-4}}
+  assert workdir.keep_config(tmp_path, more, ["train.*"]) == {"train.steps": "10 -> 20"}
+  assert workdir.keep_config(tmp_path, more) == {}
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{", '"x"'])
+def test_a_spoilt_config_is_one_line(tmp_path, text):
+  (tmp_path / "config.json").write_text(text)
+  with pytest.raises(BadInput, match=r"config\.json is not a config"):
+    workdir.keep_config(tmp_path, {"a": 1})
+
+
+def test_nonsense_is_refused(tmp_path):
+  with pytest.raises(BadInput, match="checkpoints to keep"):
+    Checkpoints(tmp_path, keep=0)
+  assert orbax.agreed(3) == 3
