@@ -1,0 +1,156 @@
+"""The order of effects: next batch, step, and what is due after it. What a step computes is not its business.
+
+Two things here are not obvious. Measures are fetched one step late, so that the device always has a step to do while
+the host reads the last one's. And the wish to stop travels through the step: each host puts its own into the batch, the
+step returns the maximum, so all hosts learn of it at the same step, and none waits for another that has left.
+"""
+
+import time
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import numpy as np
+
+from anisora_jax.errors import BadInput
+from anisora_jax.training.report import Clock
+from anisora_jax.training.stop import Stop
+
+PATIENCE = 8  # steps in a row that may be skipped because their loss is not finite
+
+
+@runtime_checkable
+class Loader(Protocol):
+  """position: JSON; where to go on after the batches handed out."""
+
+  position: dict
+
+  def __next__(self) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Due:
+  """steps: the run's last step. The rest: after every so many steps; 0 = never (a checkpoint always ends the run)."""
+
+  steps: int
+  report: int = 10
+  held_out: int = 0
+  checkpoint: int = 0
+
+  def __post_init__(self):
+    for name in ("steps", "report", "held_out", "checkpoint"):
+      least = 1 if name == "steps" else 0
+      if getattr(self, name) < least:
+        raise BadInput(f"{name} is {getattr(self, name)}: it must be {least} or more.")
+
+
+@dataclass(frozen=True)
+class Effects:
+  """What the loop does to the world, as functions.
+
+  place: host batch (a dict of arrays and captions, with "stop" int32 [b]) -> what the step takes
+  work: host batch -> tokens and model FLOPs of the global batch, 0 where unknown
+  held_out: state -> measures
+  save: step, state, loader position -> returns as soon as the state may be donated
+  wait: until the last save is finished, or raise
+  report: step, measures;  say: a line for the user
+  """
+
+  place: Callable[[dict], Any]
+  work: Callable[[dict], tuple[int, float]]
+  held_out: Callable[[Any], dict]
+  save: Callable[[int, Any, dict], Any]
+  wait: Callable[[], None]
+  report: Callable[[int, dict], None]
+  say: Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Pending:
+  """A step that was dispatched and whose measures are still on the device; seconds waited for its batch."""
+
+  number: int
+  measures: dict[str, Any]
+  batch: dict[str, Any]
+  waited: float
+
+
+class Settling:
+  """Takes the measures of finished steps, in order: clock, report, skipped steps, the wish to stop."""
+
+  def __init__(self, effects: Effects, due: Due, clock: Clock):
+    self.effects, self.due, self.clock = effects, due, clock
+    self.skipped: list[int] = []
+    self.since = time.perf_counter()
+
+  def settle(self, step: Pending) -> bool:
+    """Waits for a step's measures and says whether any host wishes to stop."""
+    measures = {name: value.item() for name, value in jax.device_get(step.measures).items()}
+    now = time.perf_counter()
+    self.clock.step(now - self.since, step.waited, *self.effects.work(step.batch))
+    self.since = now
+    if measures["skipped"]:
+      self._skip(step, measures)
+    else:
+      self.skipped = []
+    last = step.number == self.due.steps or measures["stop"]
+    if last or measures["skipped"] or (self.due.report and step.number % self.due.report == 0):
+      # Which records this host read, as one number that two runs can compare.
+      records = zlib.crc32(np.ascontiguousarray(step.batch["id"], np.int64).tobytes())
+      self.effects.report(step.number, measures | self.clock.rates() | {"records": records})
+    return bool(measures["stop"])
+
+  def pause(self) -> float:
+    """Starts a step's time anew after something that is no part of a step; returns the seconds it took."""
+    paused, self.since = time.perf_counter() - self.since, time.perf_counter()
+    return paused
+
+  def _skip(self, step: Pending, measures: dict[str, float]) -> None:
+    self.skipped.append(step.number)
+    ids = ", ".join(str(record) for record in step.batch["id"][:8])
+    self.effects.say(f"step {step.number}: loss {measures['loss']}, the update is left out; records {ids}.")
+    if len(self.skipped) == PATIENCE:
+      raise BadInput(f"the loss was not finite in {PATIENCE} steps in a row ({self.skipped[0]} to {step.number}): "
+                     f"lower the learning rate or look at the records named above; the last checkpoint is good.")
+
+
+def run(state: Any, step: Callable[[Any, Any], tuple[Any, dict]], batches: Loader, due: Due, effects: Effects,
+        stop: Stop, clock: Clock) -> tuple[Any, int, bool]:
+  """Trains from `state.step` to `due.steps`; returns the state, its step, and whether a signal stopped it before.
+
+  step: (state, placed batch) -> (state, measures); measures are scalars, among them loss, skipped (1 if the update was
+  left out because it was not finite) and stop (maximum of the batch's). It may donate the state.
+  However it ends, save for an error, the last step is in a checkpoint; never is one step saved twice.
+  Raises BadInput when 8 losses in a row are not finite, and when the last checkpoint cannot be written.
+  """
+  settling = Settling(effects, due, clock)
+  pending: Pending | None = None
+  number = saved = int(state.step)
+  stopping = False
+  while number < due.steps and not stopping:
+    number += 1
+    began = time.perf_counter()
+    batch = next(batches)
+    waited = time.perf_counter() - began
+    batch["stop"] = np.full(len(batch["id"]), stop.asked, np.int32)
+    state, measures = step(state, effects.place(batch))
+    before, pending = pending, Pending(number, measures, batch, waited)
+    stopping = before is not None and settling.settle(before)
+    for_held_out, for_checkpoint = (every > 0 and number % every == 0 for every in (due.held_out, due.checkpoint))
+    if for_held_out or for_checkpoint or stopping or number == due.steps:
+      # What follows waits for this step anyway; settled first, its time is its own and a bad step is known.
+      stopping = settling.settle(pending) or stopping
+      pending = None
+    if for_held_out and not stopping:
+      effects.report(number, effects.held_out(state))
+      settling.pause()
+    if for_checkpoint:
+      effects.save(number, state, batches.position)
+      clock.saved(settling.pause())
+      saved = number
+  if number != saved:
+    effects.save(number, state, batches.position)
+  effects.wait()
+  return state, number, stopping and number < due.steps

@@ -1,0 +1,258 @@
+"""A run goes on exactly where it stopped, stops when asked, and tells what it did."""
+
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import toy_run as toy
+
+from anisora_jax.checkpoints.orbax import Checkpoints
+from anisora_jax.errors import BadInput
+from anisora_jax.training import loop, report
+from anisora_jax.training.stop import Stop
+
+STEPS, DEVICES = 12, 2
+
+
+def start(folder, steps=STEPS, seconds=0.0, devices=DEVICES, host=()) -> subprocess.Popen:
+  return subprocess.Popen([sys.executable, Path(__file__).with_name("toy_run.py"), folder,
+                           *map(str, (steps, devices, seconds, *host))],
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def signal_after(step, runs, signals):
+  """Sends each running trainer its signal once a step stands in its measures."""
+  waiting = dict(signals)
+  while waiting:
+    time.sleep(0.01)
+    for folder in list(waiting):
+      path = folder / "measures.jsonl"
+      if path.exists() and any(r["step"] >= step for r in report.read_measures(path)):
+        runs[folder].send_signal(waiting.pop(folder))
+
+
+def outcome(folder) -> tuple[list, list[bytes]]:
+  """Of every step its loss and its records; and the bits of the last state."""
+  steps = [(r["step"], r["loss"], r["records"]) for r in report.read_measures(folder / "measures.jsonl")]
+  _, state, position = Checkpoints(folder / "checkpoints").restore(toy.abstract(toy.mesh_of(DEVICES)))
+  return [*steps, position], [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
+
+
+def test_kill_and_terminate_at_any_time_then_the_same_to_the_bit(tmp_path):
+  whole, killed, asked, early = folders = [tmp_path / name for name in ("whole", "killed", "asked", "early")]
+  runs = {folder: start(folder, seconds=0.2) for folder in (killed, asked, early)}
+  assert runs[early].stdout.readline() == "ready\n"  # before the step is compiled
+  runs[early].send_signal(signal.SIGTERM)
+  signal_after(6, runs, {killed: signal.SIGKILL, asked: signal.SIGTERM})
+  runs[killed].wait()
+  for folder, first, last in ((asked, 7, STEPS - 1), (early, 1, 2)):
+    out, err = runs[folder].communicate(timeout=60)
+    assert runs[folder].returncode == 0 and "SIGTERM: saves a checkpoint and stops" in err
+    assert "stopped at " in out and first <= int(out.split()[-1]) <= last
+    assert Checkpoints(folder / "checkpoints").steps()[-1] == int(out.split()[-1])
+  assert 4 <= Checkpoints(killed / "checkpoints").steps()[-1] < STEPS
+
+  for folder in folders:
+    toy.train(folder, STEPS, DEVICES, 0.0)
+  for folder in (killed, asked, early):
+    assert outcome(folder) == outcome(whole)
+
+
+def test_a_second_signal_ends_at_once_and_leaves_the_checkpoints_good(tmp_path):
+  run = start(tmp_path, steps=1000, seconds=0.05)
+  signal_after(5, {tmp_path: run}, {tmp_path: signal.SIGSTOP})  # so that both are there before it looks at either
+  run.send_signal(signal.SIGTERM)
+  run.send_signal(signal.SIGINT)
+  os.kill(run.pid, signal.SIGCONT)
+  _, err = run.communicate(timeout=60)
+  assert run.returncode in (128 + signal.SIGTERM, 128 + signal.SIGINT) and "at once, without a checkpoint" in err
+  assert Checkpoints(tmp_path / "checkpoints").restore(toy.abstract(toy.mesh_of(DEVICES)))[0] % 4 == 0
+
+
+def test_two_hosts_stop_at_one_step_though_one_is_signalled(tmp_path):
+  with socket.socket() as probe:
+    probe.bind(("localhost", 0))
+    port = probe.getsockname()[1]
+  hosts = [start(tmp_path, steps=1000, seconds=0.05, devices=1, host=(rank, port)) for rank in (0, 1)]
+  signal_after(5, {tmp_path: hosts[1]}, {tmp_path: signal.SIGTERM})
+  outs = [host.communicate(timeout=60)[0] for host in hosts]
+  assert [host.returncode for host in hosts] == [0, 0]
+  assert outs[0].splitlines()[-1] == outs[1].splitlines()[-1] and "stopped at " in outs[0]
+  # Restored by one host, bytes checked.
+  step, _, position = Checkpoints(tmp_path / "checkpoints").restore(toy.abstract(toy.mesh_of(8)))
+  assert outs[0].endswith(f"stopped at {step}\n") and position == {"global_next_index": step * toy.BATCH}
+
+
+class Recorder:
+  """Effects that only write down what happened, in order."""
+
+  def __init__(self):
+    self.events = []
+
+  def effects(self) -> loop.Effects:
+    return loop.Effects(
+      place=lambda batch: batch, work=lambda batch: (8, 100.0), wait=lambda: self.events.append("wait"),
+      held_out=lambda state: {"held_out": float(state.step)}, say=lambda line: self.events.append(line),
+      save=lambda number, state, position: self.events.append(f"save {number} {position['global_next_index']}"),
+      report=lambda number, measures: self.events.append(f"report {number} {min(measures)}"))
+
+  def run(self, due, step, begun=0, stop=None):
+    numbers = toy.Numbers()
+    numbers.position = {"global_next_index": begun * toy.BATCH}
+    state = toy.state.TrainState(np.int32(begun), None, None, None)
+    return loop.run(state, step, numbers, due, self.effects(), stop or Stop(), report.Clock())
+
+
+def counting(losses=lambda n: 1.0, dispatched=None):
+  def step(state, batch):
+    number = int(state.step) + 1
+    if dispatched is not None:
+      dispatched(number)
+    loss = losses(number)
+    return state.replace(step=np.int32(number)), {
+      "loss": np.float32(loss), "skipped": np.int32(not math.isfinite(loss)), "stop": batch["stop"].max()}
+  return step
+
+
+def test_what_is_due_happens_once_and_in_order():
+  recorder = Recorder()
+  due = loop.Due(steps=7, report=2, held_out=3, checkpoint=2)
+  _, number, stopped = recorder.run(due, counting(dispatched=lambda n: recorder.events.append(f"step {n}")))
+  assert (number, stopped) == (7, False)
+  said = [event.removesuffix(" checkpoint_seconds").removesuffix(" data_wait") for event in recorder.events]
+  assert said == ["step 1", "step 2", "report 2", "save 2 16", "step 3", "report 3 held_out", "step 4", "report 4",
+                  "save 4 32", "step 5", "step 6", "report 6", "report 6 held_out", "save 6 48", "step 7", "report 7",
+                  "save 7 56", "wait"]
+
+
+def test_measures_are_fetched_while_the_next_step_is_under_way():
+  recorder = Recorder()
+  recorder.run(loop.Due(steps=4, report=1), counting(dispatched=lambda n: recorder.events.append(f"step {n}")))
+  said = [event.split(" check")[0] for event in recorder.events]
+  assert said == ["step 1", "step 2", "report 1", "step 3", "report 2", "step 4", "report 3", "report 4", "save 4 32",
+                  "wait"]
+
+
+def test_the_last_step_is_never_saved_twice_and_a_finished_run_does_nothing():
+  for begun, expected in ((2, ["save 4 32", "wait"]), (4, ["wait"]), (9, ["wait"])):
+    recorder = Recorder()
+    recorder.run(loop.Due(steps=4, report=0, checkpoint=4), counting(), begun)
+    assert [event for event in recorder.events if not event.startswith("report")] == expected
+
+
+@pytest.mark.parametrize("at", [0, 1, 3, 4])
+def test_a_wish_to_stop_is_a_save_and_an_end_within_two_steps(at):
+  recorder, stop = Recorder(), Stop()
+  stop.asked = at == 0
+  def ask(number):
+    stop.asked = stop.asked or number == at
+  _, number, stopped = recorder.run(loop.Due(steps=100, report=0, checkpoint=4), counting(dispatched=ask), stop=stop)
+  # The wish enters with the next batch, and is known when that step's measures are fetched.
+  expected = {0: 2, 1: 3, 3: 4, 4: 6}[at]
+  assert (number, stopped) == (expected, True)
+  assert recorder.events[-2:] == [f"save {expected} {8 * expected}", "wait"]
+  assert sum(event.startswith("save") for event in recorder.events) == 1 + (expected > 4)
+
+
+def test_eight_bad_losses_in_a_row_end_the_run_and_seven_do_not():
+  recorder = Recorder()
+  def bad(number):
+    return math.nan if 3 <= number < 10 or number >= 12 else 1.0
+  with pytest.raises(BadInput, match=r"not finite in 8 steps in a row \(12 to 19\)") as caught:
+    recorder.run(loop.Due(steps=40, report=0), counting(bad))
+  assert "\n" not in str(caught.value)
+  said = [event for event in recorder.events if "left out" in event]
+  assert len(said) == 7 + 8 and said[0].startswith("step 3: loss nan, the update is left out; records 16, 17, ")
+
+
+def test_a_torn_last_line_is_not_read_and_what_follows_is_not_written_onto_it(tmp_path):
+  path = tmp_path / "measures.jsonl"
+  with report.Report(tmp_path, 0, 10) as measures:
+    for step in range(1, 7):
+      measures(step, {"loss": 1.0 * step, "attempt": 1})
+    measures(4, {"held_out": 0.5})
+  with path.open("a") as file:
+    file.write('{"step": 7, "lo')
+  assert [r["step"] for r in report.read_measures(path)] == [1, 2, 3, 4, 5, 6]
+  with report.Report(tmp_path, 4, 10) as measures:
+    measures(5, {"loss": math.nan, "attempt": 2})
+  read = report.read_measures(path)
+  # Step 6 of the first attempt is gone: the second has not come to it.
+  assert [(r["step"], r["attempt"]) for r in read] == [(1, 1), (2, 1), (3, 1), (4, 1), (5, 2)]
+  assert read[3] == {"step": 4, "loss": 4.0, "attempt": 1, "held_out": 0.5} and math.isnan(read[4]["loss"])
+  for line in path.read_text().splitlines():
+    json.loads(line, parse_constant=pytest.fail)  # no NaN, which is no JSON
+  for whole in range(len(path.read_bytes())):
+    (tmp_path / "cut").write_bytes(path.read_bytes()[:whole])
+    report.read_measures(tmp_path / "cut")
+
+
+def test_a_spoilt_or_missing_file_of_measures_is_one_line(tmp_path):
+  path = tmp_path / "measures.jsonl"
+  with pytest.raises(BadInput, match="does not exist"):
+    report.read_measures(path)
+  path.write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
+  with pytest.raises(BadInput, match="line 2 is not a record of a step"):
+    report.read_measures(path)
+
+
+def test_only_the_first_host_writes(tmp_path):
+  with report.Report(tmp_path / "run", 0, 10, leads=False) as measures:
+    measures(1, {"loss": 1.0})
+    measures.say("hello")
+  assert not (tmp_path / "run").exists()
+
+
+def test_lines_come_now_and_then_where_there_is_no_bar(tmp_path, capsys):
+  now = 0.0
+  with report.Report(tmp_path, 0, 100, clock=lambda: now) as measures:
+    for step in range(1, 101):
+      measures(step, {"loss": step / 8})
+      now += 1.0
+  lines = capsys.readouterr().err.splitlines()
+  assert lines == [f"step {n}/100: loss {n / 8:.4g}" for n in (*range(1, 100, 10), 100)]
+
+
+def test_speed_is_that_of_the_median_step():
+  clock = report.Clock(window=4, peak=1000.0)
+  for seconds in (9.0, 9.0, 1.0, 2.0, 30.0, 2.0):
+    clock.step(seconds, seconds / 10, tokens=10, flops=400.0)
+  clock.saved(0.5)
+  assert clock.rates() == pytest.approx({"step_seconds": 2.0, "data_wait": 0.1, "checkpoint_seconds": 0.5,
+                                         "tokens_per_second": 5.0, "flops_per_second": 200.0, "mfu": 0.2})
+  assert clock.rates()["checkpoint_seconds"] == 0.0
+  unknown = report.Clock()
+  unknown.step(1.0, 0.0)
+  assert set(unknown.rates()) == {"step_seconds", "data_wait", "checkpoint_seconds"}
+
+
+@pytest.mark.parametrize("kind, flops", [
+  ("NVIDIA H100 80GB HBM3", 9.89e14), ("NVIDIA H100 PCIe", 7.56e14), ("NVIDIA H200", 9.89e14),
+  ("NVIDIA A100-SXM4-40GB", 3.12e14), ("TPU v5 lite", 1.97e14), ("TPU v5p", 4.59e14), ("TPU v5", 4.59e14),
+  ("TPU v6 lite", 9.18e14), ("cpu", None), ("NVIDIA GeForce RTX 4090", None)])
+def test_the_peak_is_known_or_not_told(kind, flops):
+  assert report.peak(kind) == flops
+
+
+@pytest.mark.parametrize("wrong", [{"steps": 0}, {"steps": 5, "report": -1}, {"steps": 5, "checkpoint": -2}])
+def test_nonsense_intervals_are_refused(wrong):
+  with pytest.raises(BadInput, match="it must be"):
+    loop.Due(**wrong)
+
+
+def test_signals_are_given_back():
+  before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+  with Stop() as stop:
+    os.kill(os.getpid(), signal.SIGTERM)
+    while not stop.asked:
+      time.sleep(0.001)
+  assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
