@@ -148,7 +148,7 @@ def write_film(folder: Path, name: str, film: tuple[np.ndarray, np.ndarray, dict
   frames, masks, truth = film
   packed = io.BytesIO()
   np.savez_compressed(packed, visible=np.packbits(masks), shape=np.array(masks.shape))
-  for suffix, content in ((".mp4", video.encode(frames, truth["fps"])), (".masks.npz", packed.getvalue()),
+  for suffix, content in ((".mp4", video.encode(frames, float(truth["fps"]))), (".masks.npz", packed.getvalue()),
                           (".json", json.dumps(truth).encode())):
     unfinished = folder / f".{name}{suffix}.partial"
     unfinished.write_bytes(content)

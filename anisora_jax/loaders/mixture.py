@@ -149,10 +149,11 @@ class Batches(Iterator[dict[str, Any]]):
     ok float32 [b] (0 where a record could not be read and another clip stands in: drop its loss)
   """
 
-  def __init__(self, sources: str | Sequence[Source], buckets: str | Sequence[bucket_sizes.Bucket], *,
-               split: str = "train", fps: float, seed: int = 0, shard: tuple[int, int] = (0, 1), threads: int = 2):
+  def __init__(self, sources: str | Sequence[Source], buckets: str | Sequence[bucket_sizes.Bucket], *, fps: float | int,
+               split: str = "train", seed: int = 0, shard: tuple[int, int] = (0, 1), threads: int = 2):
     sources = parse(sources) if isinstance(sources, str) else tuple(sources)
     buckets = bucket_sizes.parse(buckets) if isinstance(buckets, str) else tuple(buckets)
+    fps = float(fps)
     _check(split, fps, seed, shard, threads)
     opened = [open_source(source.path, split) for source in sources]
     for bucket in buckets:
