@@ -180,7 +180,7 @@ class Batches(Iterator[dict[str, Any]]):
     """The number of the global batch that comes next: all that a checkpoint must hold to go on exactly here."""
     return {POSITION: grain.experimental.get_next_index(self._batches)}
 
-  def seek(self, position: dict[str, int]) -> None:
+  def seek(self, position: dict[str, Any]) -> None:
     """Goes to a position that a Batches of the same sources, buckets, fps and seed had, on any number of hosts."""
     number = position.get(POSITION)
     if not isinstance(number, (int, np.integer)) or number < 0:

@@ -93,6 +93,8 @@ class TfdsClips:
     name, *chosen = re.split(r":(?![^\[]*\])", spec)
     self.name, folder = PREFIX + spec, find(name)
     about = dataset_info.read_proto_from_builder_dir(folder)
+    if not (folder / "features.json").is_file():
+      raise BadInput(f"{folder} has no features.json, so an old tensorflow_datasets made it: make it again.")
     if about.file_format != "array_record":
       raise BadInput(f"{folder} is stored as {about.file_format or 'tfrecord'}: only array_record can be read in any "
                      "order; convert it with: tfds convert_format --dataset_dir=... --out_file_format=array_record")
@@ -106,6 +108,7 @@ class TfdsClips:
     self._source = ArrayRecordDataSource(files)
     self._features = tfds.features.FeaturesDict.from_json(
       images_for_videos(json.loads((folder / "features.json").read_text())))
+    self._features.load_metadata(folder, feature_name=None)  # the names of class labels
     self._film, self._caption = _film_of(self._features, self.name), _first(self._features, _CAPTIONS)
 
   def __len__(self) -> int:
@@ -134,7 +137,7 @@ class TfdsClips:
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
 
 
-def _first(features: dict, names: Sequence[str]) -> str | None:
+def _first(features: tfds.features.FeaturesDict, names: Sequence[str]) -> str | None:
   return next((name for name in names if name in features), None)
 
 
@@ -149,7 +152,7 @@ def _split_of(split: str, chosen: list[str], there: list[str], name: str) -> str
   return found
 
 
-def _film_of(features: dict, name: str) -> str:
+def _film_of(features: tfds.features.FeaturesDict, name: str) -> str:
   """The feature that holds the film: a sequence of images, or bytes named mp4, film or video."""
   for key, feature in features.items():
     if isinstance(feature, tfds.features.Sequence) and isinstance(feature.feature, tfds.features.Image):

@@ -123,8 +123,8 @@ def rgb(picture: av.VideoFrame, size: Size | None = None) -> UInt8[np.ndarray, "
   for plane in picture.planes:
     down, across = picture.height // plane.height, picture.width // plane.width
     whole = np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)
-    part = whole[top // down:-(-(top + height) // down), left // across:-(-(left + width) // across)]
-    planes.append(_resized(part[:, :plane.width - left // across], size))
+    part = whole[top // down:-(-(top + height) // down), left // across:min(plane.width, -(-(left + width) // across))]
+    planes.append(_spread(part, size) if across == 2 else _resized(part, size))
   full = picture.color_range == _FULL_RANGE or picture.format.name.startswith("yuvj")
   return cv2.transform(cv2.merge(planes), _matrix(int(picture.colorspace), full))
 
@@ -141,6 +141,16 @@ def _matrix(colorspace: int, full: bool) -> np.ndarray:
   return np.hstack([rows, -rows @ [[black], [128], [128]]])
 
 
+def _planes(pixels: UInt8[np.ndarray, "H W 3"]) -> np.ndarray:
+  """RGB to the three planes of yuv420p, BT.601, studio range, one above the other as PyAV takes them."""
+  back = np.linalg.inv(_matrix(6, False)[:, :3])
+  planes = cv2.transform(pixels, np.hstack([back, [[16], [128], [128]]]))
+  # A sample of colour lies on an even column, between two rows.
+  colour = cv2.sepFilter2D(planes[..., 1:], -1, np.array([.25, .5, .25]), np.array([.5, .5]), anchor=(1, 0))[::2, ::2]
+  parts = [planes[..., 0], colour[..., 0], colour[..., 1]]
+  return np.concatenate([part.ravel() for part in parts]).reshape(-1, pixels.shape[1])
+
+
 def _window(height: int, width: int, size: Size) -> tuple[int, int, int, int]:
   """The largest centred window (top, left, height, width) of a picture that has the shape of `size`; corners even."""
   scale = min(height / size.height, width / size.width)
@@ -154,6 +164,17 @@ def _resized(picture: np.ndarray, size: Size) -> np.ndarray:
     return picture
   shrinks = picture.shape[0] >= size.height and picture.shape[1] >= size.width
   return cv2.resize(picture, (size.width, size.height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+
+
+def _spread(plane: np.ndarray, size: Size) -> np.ndarray:
+  """Resizes a colour plane of half the columns, whose samples lie on the even columns as H.264 has it, not between."""
+  down, across = plane.shape[0] / size.height, plane.shape[1] / size.width
+  if max(down, across) > 1:
+    # Shrinking needs the mean of an area; the quarter of a sample that this ignores is less than that of a pixel.
+    return _resized(plane, size)
+  source = np.float32([[across, 0, across / 2 - .25], [0, down, down / 2 - .5]])
+  return cv2.warpAffine(plane, source, (size.width, size.height), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
+                        borderMode=cv2.BORDER_REPLICATE)
 
 
 def fit(picture: UInt8[np.ndarray, "H W 3"], size: Size) -> UInt8[np.ndarray, "h w 3"]:
@@ -179,7 +200,7 @@ def pace(fps: float, target: float, count: int, offset: int = 0) -> Int[np.ndarr
 
 def paced_length(frames: int, fps: float, target: float) -> int:
   """How many frames at `target` a film of `frames` frames at `fps` holds: the largest count for which `pace` fits."""
-  return int(np.floor((frames - 1) * (target / fps) + 1e-6)) + 1 if frames else 0
+  return max(0, int(np.ceil((frames - 1e-6) * (target / fps))))
 
 
 def encode(film: Frames, fps: float, crf: int = 15) -> bytes:
@@ -197,8 +218,6 @@ def encode(film: Frames, fps: float, crf: int = 15) -> bytes:
     stream.codec_context.thread_count = 1
     stream.codec_context.colorspace, stream.codec_context.color_range = 6, 1
     for pixels in film:
-      picture = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-      picture = picture.reformat(format="yuv420p", dst_colorspace="ITU601", dst_color_range="MPEG", threads=1)
-      container.mux(stream.encode(picture))
+      container.mux(stream.encode(av.VideoFrame.from_ndarray(_planes(pixels), format="yuv420p")))
     container.mux(stream.encode(None))
   return out.getvalue()
