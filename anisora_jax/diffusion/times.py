@@ -21,10 +21,11 @@ def shift_times(t: Float[Array, "*b"], shift: float) -> Float[Array, "*b"]:
   t: 0 clean .. 1 noise. shift: 1 keeps t; Wan takes 3 at 480p, 5 at 720p.
   From: Esser et al. 2024, arXiv:2403.03206, "resolution-dependent shifting".
   """
-  return shift * t / (1 + (shift - 1) * t)
+  # Not s t / (1 + (s - 1) t): in f32 that takes t = 1 to 1.0000001 for some shifts, and pure noise would not be pure.
+  return shift * t / (shift * t + (1 - t))
 
 
-def schedule(steps: int, shift: float, start: float = 1.0) -> Float[Array, "steps+1"]:
+def schedule(steps: int, shift: float, start: float = 1.0) -> Float[Array, "{steps}+1"]:
   """The times to sample at, from `start` (before the shift) to 0; Wan's UniPC starts at 0.999."""
   if steps < 1:
     raise BadInput(f"{steps} sampling steps: take at least 1.")
@@ -66,12 +67,13 @@ class TimeDraw:
   """The training distribution of noise times.
 
   per_frame: probability that the frames of a sample draw apart. From scratch 0.2; adapting a trained scalar model 1.
-  late_per_frame: the same from step `late_from` on. law: in LAWS. pattern: in PATTERNS. block: frames of a group.
+  late_per_frame: the same from step `late_from` on; never, unless that is set. law: in LAWS. pattern: in PATTERNS.
+  block: frames of a group.
   """
 
   per_frame: float = 0.2
   late_per_frame: float = 0.2
-  late_from: int = 0
+  late_from: int = 2**31 - 1
   law: str = "uniform"
   shift: float = 1.0
   pattern: str = "independent"
