@@ -35,7 +35,3 @@ def cross_fade(clips: Clips, given: list[int]) -> Float[np.ndarray, "b F H W 3"]
   frames = np.arange(clips.shape[1])
   shares = np.stack([np.interp(frames, given, one) for one in np.eye(len(given))], axis=1)  # [F, given]
   return np.einsum("Fk,bkHWc->bFHWc", shares.astype(np.float32), clips[:, given].astype(np.float32))
-
-
-METRICS = {"psnr": psnr}  # name in configs -> (clips, truth, where) -> one number a clip, higher is better
-BASELINES = {"repeat_first": lambda clips, given: repeat_first(clips), "cross_fade": cross_fade}

@@ -1,6 +1,7 @@
 """The contact sheet: given | generated | truth, one frame a column, as one png."""
 
 import io
+from bisect import bisect_right
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -73,9 +74,8 @@ def _fitting(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
   text = " ".join(text.split())
   if font.getlength(text) <= width:
     return text
-  while text and font.getlength(text + "…") > width:
-    text = text[:-1]
-  return text.rstrip() + "…"
+  letters = bisect_right(range(len(text)), width, key=lambda letters: font.getlength(text[:letters] + "…")) - 1
+  return text[:max(0, letters)].rstrip() + "…"
 
 
 def draw(sheet: Sheet) -> Image.Image:
