@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
   })
   config.data = ConfigDict({
     "records": "",            # folders written by data/pack.py, or tfds:NAME: "A" or "A=0.7,tfds:B=0.3"
-    "buckets": "9x32x48@16",  # frames x height x width @ clips of a global batch, several with weights: "...@16:3,...@4:1"
+    "buckets": "9x32x48@16",  # frames x height x width @ clips of a global batch; several: "...@16:3,...@4:1"
     "fps": 12.0,              # frames/s that clips are paced to; most animation is drawn at 8 to 12
     "threads": 2,             # readers of a host; decoding leaves Python's lock
   })

@@ -1,0 +1,43 @@
+# `make` alone lists the targets. Each makes .venv and installs what it needs.
+PYTHON ?= $(shell command -v python3.12 || command -v python3.11 || command -v python3)
+BIN := .venv/bin
+OUT ?= out/quickstart
+
+.PHONY: help quickstart test lint bench clean
+
+help:
+	@echo "make quickstart   draw cartoons, train a tiny model on 8 simulated devices, sample it; films in $(OUT)"
+	@echo "make test         all tests, on 8 simulated CPU devices"
+	@echo "make lint         ruff, and a syntax check of the shell scripts"
+	@echo "make bench        speed against diffusers, bare decoding and no checkpoints"
+	@echo "make clean        remove what quickstart made"
+
+.venv/base: pyproject.toml
+	@echo "+ $(PYTHON) -m venv .venv, with anisora_jax and what draws and cuts films"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[data]'
+	@touch $@
+
+.venv/test: .venv/base
+	@echo "+ pip install: what the tests need (torch and diffusers are the witnesses)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@touch $@
+
+quickstart: .venv/base
+	$(BIN)/python launch/quickstart.py --out $(OUT)
+
+test: .venv/test
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: .venv/test
+	$(BIN)/ruff check .
+	bash -n launch/*.sh .ci/run
+
+bench: .venv/test
+	$(BIN)/python bench/step.py
+	$(BIN)/python bench/loader.py
+	$(BIN)/python bench/checkpoint.py
+
+clean:
+	rm -rf $(OUT)

@@ -1,0 +1,89 @@
+"""What the entry points share: flags, --config, --help, simulated devices, one-line errors and exit codes."""
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from absl import flags, logging
+from ml_collections import config_flags
+
+from anisora_jax import errors
+from anisora_jax.errors import BadInput, nearest
+
+CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "Config file, for example configs/tiny.py; every field of it is a flag, --config.FIELD=VALUE.")
+CPU_DEVICES = flags.DEFINE_integer(
+  "cpu_devices", 0, "Simulate so many devices on the CPU, to try a mesh.", lower_bound=0)
+
+
+def config() -> Any:
+  """The config named by --config, with its overrides. Raises BadInput when there is none."""
+  if CONFIG.value is None:
+    raise BadInput("no config was given: add --config configs/tiny.py, or another file of configs/.")
+  return CONFIG.value
+
+
+def needed(flag: str, example: str) -> str:
+  """The value of a flag that must be given."""
+  value = flags.FLAGS[flag].value
+  if not value:
+    raise BadInput(f"--{flag} was not given: add for example --{flag} {example}.")
+  return value
+
+
+def _fields(config: Any, prefix: str = "config.") -> list[str]:
+  return [name for key, value in config.items()
+          for name in (_fields(value, f"{prefix}{key}.") if hasattr(value, "items") else [prefix + key])]
+
+
+def _parse(arguments: Sequence[str]) -> None:
+  """Reads the command line; tells in one line what absl and ml_collections find wrong with it."""
+  try:
+    rest = flags.FLAGS(list(arguments))
+    _fields(CONFIG.value or {})  # a file that could not be loaded says so when it is first read
+  except flags.UnrecognizedFlagError as error:
+    raise BadInput(f"no flag is named --{error.flagname}: {nearest(error.flagname, _known())}") from None
+  except (AttributeError, KeyError) as error:
+    raise BadInput(f"no config field is named {' '.join(str(error.args[0]).split())}") from None
+  except (flags.Error, ValueError, TypeError) as error:
+    raise BadInput(" ".join(str(error).split())) from None
+  except OSError as error:
+    path = re.search(r"Relative path\]:\s+(\S+)", str(error))
+    raise BadInput(f"config file {path.group(1) if path else ''} cannot be read: give a file of configs/.") from None
+  if len(rest) > 1:
+    raise BadInput(f"unexpected words {' '.join(rest[1:])}: flags are written --name value or --name=value.")
+
+
+def _known() -> list[str]:
+  """All flags, and the config's fields where there is a config."""
+  try:
+    fields = _fields(CONFIG.value)
+  except Exception:  # the config could not be loaded, of which its own message tells
+    fields = []
+  return [*flags.FLAGS, *fields]
+
+
+def run(main: Callable[[], None], module: str, doc: str) -> None:
+  """Parses the command line and runs `main`; exits with 0, or with 2 after one line about wrong input."""
+  def start() -> None:
+    _parse(sys.argv)
+    if CPU_DEVICES.value:
+      jax.config.update("jax_platforms", "cpu")
+      jax.config.update("jax_num_cpu_devices", CPU_DEVICES.value)
+    main()
+
+  logging.set_verbosity(logging.ERROR)  # libraries talk to their developers; our users are told by us
+  if {"--help", "-h", "-help", "--helpfull"} & set(sys.argv[1:]):
+    print(doc, _flag_help(module), sep="\n")
+    sys.exit(0)
+  sys.exit(errors.run(start))
+
+
+def _flag_help(module: str) -> str:
+  """The flags of one entry point and those that all share."""
+  own = {flag.name: flag for name in (module, __name__) for flag in flags.FLAGS.get_flags_for_module(name)}
+  lines = [f"  --{flag.name}: {flag.help}" + (f" (default: {flag.default})" if flag.default not in (None, "") else "")
+           for flag in own.values() if flag.help]
+  return "\n".join(["Flags:", *lines])

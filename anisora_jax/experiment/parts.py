@@ -1,0 +1,138 @@
+"""A config becomes parts: mesh, codec, network, method. Impossible combinations are refused before anything runs."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+from ml_collections import ConfigDict
+
+from anisora_jax import keys
+from anisora_jax.diffusion.objective import WEIGHTS
+from anisora_jax.diffusion.times import TimeDraw
+from anisora_jax.errors import BadInput, pick
+from anisora_jax.loaders import mixture
+from anisora_jax.loaders.buckets import Bucket, parse
+from anisora_jax.models import attention, codec
+from anisora_jax.models.pixels import Pixels
+from anisora_jax.models.wan import placement as wan_placement
+from anisora_jax.models.wan.dit import REMAT, WanDiT
+from anisora_jax.models.wan.sizes import SIZES, Size
+from anisora_jax.models.words import Words
+from anisora_jax.parallel import mesh as meshes
+from anisora_jax.parallel import placement
+from anisora_jax.tasks.masks import Mixture
+from anisora_jax.training import optimizer, step
+
+CODECS = {"pixels": Pixels}  # name in configs -> codec made from `spatial` and `temporal`
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+
+
+@dataclass(frozen=True)
+class Parts:
+  """What a config describes, made and checked."""
+
+  mesh: jax.sharding.Mesh
+  size: Size
+  codec: codec.Codec
+  words: Words
+  network: WanDiT
+  method: step.Method
+  optimizer: optimizer.Optimizer
+  buckets: tuple[Bucket, ...]
+
+  def latent_shape(self, bucket: Bucket) -> tuple[int, int, int]:
+    return codec.latent_shape(self.codec, bucket.frames, bucket.height, bucket.width)
+
+  def frame_tokens(self, bucket: Bucket) -> tuple[int, int]:
+    """(frames, tokens of a frame) of a bucket's clips."""
+    f, h, w = self.latent_shape(bucket)
+    return f, h * w // self.size.patch**2
+
+  def work(self, bucket: Bucket) -> tuple[int, float]:
+    """(tokens, model FLOPs) of one training step: the backward pass counts twice the forward, nothing counts twice."""
+    f, n = self.frame_tokens(bucket)
+    return bucket.batch * f * n, 3 * bucket.batch * self.size.forward_flops(f, n)
+
+
+def velocity(network: WanDiT, given: bool, params: PyTree, x, t, condition, text):
+  """The network as training and sampling call it."""
+  return network.apply({"params": params}, x, t, text, condition.channels() if given else None)
+
+
+def assemble(config: ConfigDict, count: int | None = None) -> Parts:
+  """Makes the parts. count: devices to use, all by default. Raises BadInput for whatever cannot work."""
+  mesh = meshes.build(config.mesh.to_dict(), count)
+  size = pick(SIZES, config.model.size, "model size")
+  made = pick(CODECS, config.codec.name, "codec")(spatial=config.codec.spatial, temporal=config.codec.temporal)
+  told = made.temporal + made.channels
+  if size.channels != made.channels or size.given not in (0, told):
+    raise BadInput(f"model size {config.model.size!r} takes latents of {size.channels} channels and {size.given} for "
+                   f"what is given, the codec makes {made.channels} and {told}: choose another size or codec.")
+  pick(REMAT, config.model.remat, "remat policy")
+  dtype = pick(DTYPES, config.model.dtype, "dtype")
+  attention.check(config.model.attention, config.model.kernel, mesh, size.heads, config.model.dtype)
+  network = WanDiT(size, mesh, config.model.attention, config.model.kernel, config.model.remat, dtype)
+  times, loss = config.times.to_dict(), config.loss
+  times["late_from"] = round(times["late_from"] * config.train.steps)
+  pick(WEIGHTS, loss.weight, "loss weight")
+  method = step.Method(
+    velocity=partial(velocity, network, size.given > 0), codec=made, tasks=Mixture(config.tasks.to_dict()),
+    times=TimeDraw(**times), weight=loss.weight, drop_text=loss.drop_text, drop_condition=loss.drop_condition,
+    seed=config.seed, micro_batches=config.train.micro_batches)
+  settings = {name: value for name, value in config.optimizer.items() if name != "ema"}
+  parts = Parts(mesh=mesh, size=size, codec=made, words=Words(size.text_tokens, size.text_width), network=network,
+                method=method, optimizer=optimizer.Optimizer(steps=config.train.steps, **settings),
+                buckets=parse(config.data.buckets))
+  for bucket in parts.buckets:
+    _check_bucket(parts, bucket)
+  return parts
+
+
+def _check_bucket(parts: Parts, bucket: Bucket) -> None:
+  _, h, w = parts.latent_shape(bucket)
+  cell = parts.codec.spatial * parts.size.patch
+  if h % parts.size.patch or w % parts.size.patch:
+    raise BadInput(f"bucket {bucket} does not divide into patches of {cell} pixels: take multiples of {cell}, for "
+                   f"example {max(1, bucket.height // cell) * cell}x{max(1, bucket.width // cell) * cell}.")
+  shards = meshes.batch_shards(parts.mesh) * parts.method.micro_batches
+  if bucket.batch % shards:
+    raise BadInput(f"bucket {bucket}: a batch of {bucket.batch} does not divide by data x fsdp x micro_batches = "
+                   f"{shards}: take a multiple of it.")
+
+
+def abstract_params(parts: Parts) -> PyTree:
+  """Shapes and placement of the parameters; nothing is computed."""
+  f, h, w = parts.latent_shape(parts.buckets[0])
+  b = meshes.batch_shards(parts.mesh)
+  x = jnp.zeros((b, f, h, w, parts.size.channels))
+  shapes = jax.eval_shape(partial(init, parts), x)
+  rules = [*wan_placement.RULES, *(wan_placement.IMAGE_RULES if parts.size.image_width else [])]
+  placed = placement.shardings(rules, shapes, parts.mesh)
+  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed)
+
+
+def init(parts: Parts, x) -> PyTree:
+  b, f, h, w, _ = x.shape
+  given = jnp.zeros((b, f, h, w, parts.size.given)) if parts.size.given else None
+  image = jnp.zeros((b, 1, parts.size.image_width)) if parts.size.image_width else None
+  text = jnp.zeros((b, parts.size.text_tokens, parts.size.text_width))
+  return parts.network.init(keys.key(parts.method.seed, 0, "init"), x, jnp.zeros((b, f)), text, given, image)["params"]
+
+
+def loader(parts: Parts, config: ConfigDict, split: str, buckets: tuple[Bucket, ...] | None = None) -> mixture.Batches:
+  """The pipeline of a split, this host's share of it."""
+  if not config.data.records:
+    raise BadInput("no records to read: give --config.data.records=FOLDER, made by data/pack.py from films.")
+  return mixture.Batches(config.data.records, buckets or parts.buckets, split=split, fps=config.data.fps,
+                         seed=config.seed, shard=meshes.hosts(), threads=config.data.threads)
+
+
+def to_devices(parts: Parts, batch: dict) -> dict[str, jax.Array]:
+  """A host's batch, captions as text tokens, on the mesh."""
+  host = {name: batch[name] for name in ("frames", "character", "ok")}
+  host["text"] = parts.words(batch["caption"])
+  host["stop"] = batch.get("stop", np.zeros(len(batch["ok"]), np.int32))
+  return meshes.to_devices(parts.mesh, host)

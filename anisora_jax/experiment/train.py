@@ -1,0 +1,132 @@
+"""Parts become a training run, or an account of what it would take."""
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+from ml_collections import ConfigDict
+
+from anisora_jax.checkpoints import workdir
+from anisora_jax.checkpoints.orbax import Checkpoints
+from anisora_jax.experiment.parts import Parts, abstract_params, assemble, init, loader, to_devices
+from anisora_jax.loaders.buckets import Bucket
+from anisora_jax.parallel import mesh as meshes
+from anisora_jax.parallel import placement
+from anisora_jax.training import loop, optimizer, report, state, step
+from anisora_jax.training.stop import Stop
+
+# What a run may be resumed with otherwise: where and how fast it runs and what it tells, not what it learns.
+MAY_CHANGE = ("mesh.*", "model.attention", "model.kernel", "model.remat", "data.threads", "data.records", "sample.*",
+              "train.steps", "train.report", "train.held_out", "train.checkpoint", "train.keep")
+
+
+def abstract_batch(parts: Parts, bucket: Bucket) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shapes and placement of what the step takes."""
+  b, (f, height, width) = bucket.batch, (bucket.frames, bucket.height, bucket.width)
+  split = jax.sharding.NamedSharding(parts.mesh, jax.P(meshes.BATCH))
+  shapes = {"frames": ((b, f, height, width, 3), np.uint8), "character": ((b, f, height, width), np.bool_),
+            "text": ((b, parts.words.tokens, parts.words.width), np.float32),
+            "ok": ((b,), np.float32), "stop": ((b,), np.int32)}
+  return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=split) for name, (shape, dtype) in shapes.items()}
+
+
+def _state(parts: Parts, chain, x) -> state.TrainState:
+  return state.create(init(parts, x), chain)
+
+
+def training_state(parts: Parts, chain) -> tuple[PyTree, Callable[[], state.TrainState]]:
+  """(shapes and placement of the state, function that makes it); no device ever holds a whole parameter of it."""
+  params = abstract_params(parts)
+  f, h, w = parts.latent_shape(parts.buckets[0])
+  x = jnp.zeros((meshes.batch_shards(parts.mesh), f, h, w, parts.size.channels))
+  make = partial(_state, parts, chain)
+  shapes = jax.eval_shape(make, x)
+  placed = placement.like(shapes, params, jax.tree.map(lambda leaf: leaf.sharding, params), parts.mesh)
+  abstract = jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), shapes, placed)
+  return abstract, lambda: jax.jit(make, out_shardings=placed)(x)
+
+
+def compiled_step(parts: Parts, chain, config: ConfigDict, abstract: PyTree):
+  """The jitted training step, which takes over the state's memory."""
+  average = partial(optimizer.ema, limit=config.optimizer.ema)
+  return jax.jit(step.make_step(parts.method, chain, average), donate_argnums=0,
+                 out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, abstract), None))
+
+
+def held_out_loss(parts: Parts, config: ConfigDict) -> Callable[[state.TrainState], dict[str, float]]:
+  """state -> held-out loss of the averaged parameters in each bin of noise time, on the same clips at every call."""
+  measure = jax.jit(step.make_held_out(parts.method))
+  clips = loader(parts, config, "held_out", parts.buckets[:1])
+  batches = [to_devices(parts, batch) for _, batch in zip(range(config.train.held_out_batches), clips, strict=False)]
+  clips.close()
+
+  def measures(now: state.TrainState) -> dict[str, float]:
+    bins = np.mean([measure(now.ema, batch, number) for number, batch in enumerate(batches)], axis=0)
+    names = [f"held_out/t {(k + 0.5) / step.BINS:.1f}" for k in range(step.BINS)]
+    return {"held_out": float(bins.mean()), **{name: float(value) for name, value in zip(names, bins, strict=True)}}
+
+  return measures
+
+
+def train(config: ConfigDict, folder: Path, say: Callable[[str], None] = print) -> None:
+  """Trains, or goes on with the run that `folder` holds. Returns when the last step or a signal ended it, all saved."""
+  with Stop() as stop, workdir.lock(folder, say):
+    parts = assemble(config)
+    batches = loader(parts, config, "train")
+    chain, _ = optimizer.build(parts.optimizer, abstract_params(parts))
+    abstract, make = training_state(parts, chain)
+    due = loop.Due(config.train.steps, config.train.report, config.train.held_out, config.train.checkpoint)
+    plain = json.loads(config.to_json_best_effort())
+    for field, change in workdir.keep_config(folder, plain, MAY_CHANGE).items():
+      say(f"resumes with another {field}: {change}")
+    with Checkpoints(folder / "checkpoints", keep=config.train.keep, say=say) as checkpoints:
+      began = 0
+      if checkpoints.steps():
+        began, now, position = checkpoints.restore(abstract)
+        batches.seek(position)
+        say(f"resumes after step {began} of {config.train.steps}.")
+      else:
+        now = make()
+      say(f"{meshes.describe(parts.mesh)}; {parts.size.parameters():,} parameters; {batches.length} clips.")
+      peak = report.peak(meshes.device_kind(parts.mesh))
+      clock = report.Clock(peak=peak and peak * parts.mesh.size)
+      with report.Report(folder, began, config.train.steps, meshes.leads()) as out:
+        effects = loop.Effects(
+          place=partial(to_devices, parts), work=lambda batch: parts.work(_bucket_of(parts, batch)),
+          held_out=held_out_loss(parts, config) if config.train.held_out else lambda _: {},
+          save=lambda number, now, position: checkpoints.save(number, now, position, plain),
+          wait=checkpoints.wait, report=out, say=out.say)
+        now, number, stopped = loop.run(now, compiled_step(parts, chain, config, abstract), batches, due, effects, stop,
+                                        clock)
+    batches.close()
+    for name, reason in sorted(set(batches.bad)):
+      say(f"left out: {name}: {reason}")
+    say(f"stopped after step {number}, saved; the same command goes on." if stopped else
+        f"trained {number} steps; everything is in {folder}.")
+
+
+def _bucket_of(parts: Parts, batch: dict) -> Bucket:
+  shape = batch["frames"].shape[1:4]
+  return next(bucket for bucket in parts.buckets if (bucket.frames, bucket.height, bucket.width) == shape)
+
+
+def dry_run(config: ConfigDict, say: Callable[[str], None] = print) -> None:
+  """Says what a run would take, from the compiled step, and starts nothing."""
+  parts = assemble(config)
+  chain, _ = optimizer.build(parts.optimizer, abstract_params(parts))
+  abstract, _ = training_state(parts, chain)
+  run = compiled_step(parts, chain, config, abstract)
+  say(f"mesh        {meshes.describe(parts.mesh)}")
+  say(f"parameters  {parts.size.parameters():,}")
+  for bucket in parts.buckets:
+    (f, n), (tokens, flops) = parts.frame_tokens(bucket), parts.work(bucket)
+    memory = run.lower(abstract, abstract_batch(parts, bucket)).compile().memory_analysis()
+    kept, worked = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    say(f"bucket      {bucket}: {f} frames x {n} tokens x {bucket.batch} clips = {tokens:,} tokens a step, "
+        f"{flops:.3g} model FLOPs a step, {flops / parts.mesh.size:.3g} a device; memory of a device "
+        f"{(kept + worked) / 2**20:.1f} MiB: {kept / 2**20:.1f} state and batch, {worked / 2**20:.1f} at work")

@@ -1,0 +1,99 @@
+"""What a user gives of a film to make: stills, a clip, a region -> one canvas of pixels and a mask of what is given."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from einops import reduce
+from jaxtyping import Bool, UInt8
+
+from anisora_jax.errors import BadInput
+from anisora_jax.sampling import given
+
+
+@dataclass(frozen=True)
+class Request:
+  """One film to make. frames, height, width: its size, fps: its pace.
+
+  first, last, keyframes (frame number -> file): stills. loop: the first still is also the last frame, which the film
+  then leaves out. clip: a film whose first `keep` frames are given (continuation), or, with a region, all its pixels
+  outside. region: white is given, black is made; without a clip the first still lies under it in every frame. fit: how
+  a picture of another aspect is brought to size, in given.FITS; "" refuses it.
+  """
+
+  frames: int
+  height: int
+  width: int
+  fps: float
+  first: str = ""
+  last: str = ""
+  keyframes: Mapping[int, str] = field(default_factory=dict)
+  clip: str = ""
+  keep: int = 0
+  region: str = ""
+  loop: bool = False
+  fit: str = ""
+
+  def __post_init__(self):
+    for frame in self.keyframes:
+      if not 0 <= frame < self.frames:
+        raise BadInput(f"keyframe {frame} is outside the film of {self.frames} frames: take 0 .. {self.frames - 1}.")
+    if self.loop and (not self.first or self.last):
+      raise BadInput("a loop needs --first and no --last: its last frame is the first still.")
+    if self.keep and not 0 < self.keep < self.frames:
+      raise BadInput(f"--keep {self.keep} of a film of {self.frames} frames: take 1 .. {self.frames - 1}.")
+    if self.clip and not (self.keep or self.region):
+      raise BadInput("--clip needs --keep N to go on from its first N frames, or --region to redraw a part of it.")
+    if self.region and not (self.clip or self.first):
+      raise BadInput("--region needs --clip film.mp4, or --first still.png, for the pixels around it.")
+
+
+def parse_keyframes(words: list[str]) -> dict[int, str]:
+  """["12=a.png"] -> {12: "a.png"}."""
+  frames = {}
+  for word in words:
+    number, equals, path = word.partition("=")
+    if not equals or not number.strip().isdecimal() or not path:
+      raise BadInput(f"keyframe {word!r} is not of the form FRAME=IMAGE, for example 12=pose.png.")
+    frames[int(number)] = path
+  return frames
+
+
+def _still(request: Request, path: str) -> UInt8[np.ndarray, "1 H W 3"]:
+  """A still in the film's size; of an mp4 its first frame."""
+  is_film = Path(path).suffix.lower() in given.FILMS
+  film = given.read_film(path, count=1) if is_film else given.read_image(path)[None]
+  return given.fit(film, request.height, request.width, request.fit or None, path)
+
+
+def lay_out(request: Request, cell: int) -> tuple[UInt8[np.ndarray, "F H W 3"], Bool[np.ndarray, "F h w"]]:
+  """The canvas and its mask, True = given, in cells of `cell` pixels a side; a cell is given if all its pixels are.
+
+  Raises BadInput for files that cannot be used, and for a region that hides no cell.
+  """
+  size = (request.height, request.width)
+  canvas = np.full((request.frames, *size, 3), 127, np.uint8)
+  mask = np.zeros((request.frames, *size), bool)
+  if request.clip:
+    clip = given.read_film(request.clip, request.fps, request.frames if request.region else request.keep)
+    clip = given.fit(clip, *size, request.fit or None, request.clip)
+    canvas[:len(clip)] = clip
+    mask[:request.keep or 1] = True
+  if request.region:
+    region = given.fit_mask(given.read_mask(request.region), *size, request.fit or None, request.region)
+    if len(region) not in (1, request.frames):
+      raise BadInput(f"region mask {request.region} has {len(region)} frames, the film {request.frames}: give a still, "
+                     "or a film of the same length.")
+    if not request.clip:
+      canvas[:] = _still(request, request.first)
+    mask |= region
+  stills = {0: request.first, request.frames - 1: request.first if request.loop else request.last, **request.keyframes}
+  for frame, path in stills.items():
+    if path:
+      canvas[frame], mask[frame] = _still(request, path)[0], True
+  cells = reduce(mask, "F (h p) (w q) -> F h w", "min", p=cell, q=cell)
+  if cells.all():
+    raise BadInput(f"nothing is left to make: all {request.frames} frames are given in every cell of {cell} pixels; "
+                   "give less, or a larger black region.")
+  return canvas, cells

@@ -1,0 +1,322 @@
+"""Runs as users start them: a killed one goes on bit for bit, on another mesh nearly so; wrong input is one line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from PIL import Image
+
+from anisora_jax import errors
+from anisora_jax.checkpoints.orbax import Checkpoints
+from anisora_jax.errors import BadInput
+from anisora_jax.experiment import parts, sample, train
+from anisora_jax.sampling.request import Request, lay_out, parse_keyframes
+from anisora_jax.training import optimizer
+from configs import base, tiny
+from data import pack, toons
+
+ROOT = Path(__file__).resolve().parents[1]
+MESH = ("--cpu_devices=8", "--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.seq=2")
+
+
+@pytest.fixture(scope="session")
+def records(tmp_path_factory) -> Path:
+  """Three small films, packed; one of them held out."""
+  films, out = tmp_path_factory.mktemp("films"), tmp_path_factory.mktemp("packed") / "records"
+  for seed in range(3):
+    toons.write_film(films, f"film-{seed}", toons.draw_film(seed, seconds=6, height=32, width=48, fps=12))
+  pack.main({"clip_seconds": 1.0, "height": 0, "width": 0, "held_out": 0.34, "threshold": 27.0, "crf": 15, "source": "",
+             "licence": "unknown", "shard_megabytes": 16.0}, films, out, workers=1)
+  return out
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory) -> dict[str, str]:
+  """Subprocesses compile fast and only once: what is compared bit for bit must be the same program anyway."""
+  return {**{name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},
+          "XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu",
+          "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
+          "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+
+
+@pytest.fixture(scope="session")
+def start(records, environment):
+  """Starts training as a user does; returns the process."""
+  def command(folder: Path, *more: str, mesh=MESH) -> subprocess.Popen:
+    words = [sys.executable, "-m", "anisora_jax.train", "--config=configs/tiny.py", f"--workdir={folder}",
+             f"--config.data.records={records}", "--config.data.buckets=5x16x24@8", "--config.train.steps=6",
+             "--config.train.checkpoint=3", "--config.train.report=1", "--config.train.held_out=0", *mesh, *more]
+    return subprocess.Popen(words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+  return command
+
+
+def finish(process: subprocess.Popen) -> str:
+  out, err = process.communicate(timeout=600)
+  assert process.returncode == 0, err[-3000:]
+  return out
+
+
+@pytest.fixture(scope="session")
+def straight(start, tmp_path_factory) -> Path:
+  """Six steps without a stop."""
+  folder = tmp_path_factory.mktemp("straight")
+  finish(start(folder))
+  return folder
+
+
+@pytest.fixture(scope="session")
+def killed(start, tmp_path_factory) -> Path:
+  """Three steps and a checkpoint, then kill -9."""
+  folder = tmp_path_factory.mktemp("killed")
+  process = start(folder)
+  end = time.time() + 600
+  while process.poll() is None and not (folder / "checkpoints" / "3" / "manifest.json").exists():
+    assert time.time() < end
+    time.sleep(0.02)
+  process.send_signal(signal.SIGKILL)
+  process.communicate()
+  return folder
+
+
+def copy_of(folder: Path, to: Path) -> Path:
+  subprocess.run(["cp", "-r", str(folder), str(to)], check=True)
+  return to
+
+
+def losses(folder: Path) -> dict[int, tuple[float, int]]:
+  """Step -> (loss, which records), of the last attempt at each step."""
+  rows = [json.loads(line) for line in (folder / "measures.jsonl").read_text().splitlines()]
+  return {row["step"]: (row["loss"], row["records"]) for row in rows if "loss" in row}
+
+
+def state_of(folder: Path, records: Path, step: int) -> dict[str, np.ndarray]:
+  """Every array of a checkpoint: parameters, moments, averages, counts."""
+  config = sample.saved_config(folder)
+  made = parts.assemble(config)
+  chain, _ = optimizer.build(made.optimizer, parts.abstract_params(made))
+  abstract, _ = train.training_state(made, chain)
+  with Checkpoints(folder / "checkpoints") as checkpoints:
+    number, state, _ = checkpoints.restore(abstract)
+  assert number == step
+  return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
+
+
+def test_six_steps_equal_three_killed_and_resumed_bit_for_bit(straight, killed, start, records, tmp_path):
+  resumed = copy_of(killed, tmp_path / "run")
+  assert "resumes after step 3" in finish(start(resumed))
+  assert losses(resumed) == losses(straight) and len(losses(straight)) == 6
+  one, other = state_of(straight, records, 6), state_of(resumed, records, 6)
+  assert len(one) > 60 and one.keys() == other.keys()
+  for name, value in one.items():
+    np.testing.assert_array_equal(value, other[name], err_msg=name)
+
+
+def test_a_run_saved_on_eight_devices_goes_on_with_four(straight, killed, start, tmp_path):
+  resumed = copy_of(killed, tmp_path / "run")
+  out = finish(start(resumed, mesh=("--cpu_devices=4", "--config.mesh.fsdp=2", "--config.mesh.tensor=2")))
+  assert "mesh.tensor: 1 -> 2" in out
+  for step in (4, 5, 6):
+    (loss, read), (other, also_read) = losses(straight)[step], losses(resumed)[step]
+    assert read == also_read
+    np.testing.assert_allclose(loss, other, rtol=2e-6 if step > 4 else 1e-6)  # two updates apart by rounding
+
+
+def test_sigterm_while_starting_saves_and_ends_well(start, tmp_path):
+  process = start(tmp_path / "run")
+  while process.poll() is None and not (tmp_path / "run" / "lock").exists():
+    time.sleep(0.01)
+  process.send_signal(signal.SIGTERM)
+  assert "the same command goes on" in finish(process)
+  assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdecimal()]
+
+
+def test_a_second_config_in_one_folder_is_refused_with_the_difference(killed, start):
+  process = start(killed, "--config.optimizer.rate=0.5")
+  _, err = process.communicate(timeout=300)
+  lines = [line for line in err.splitlines() if line.startswith("error:")]
+  assert process.returncode == 2 and len(lines) == 1 and "Traceback" not in err
+  assert "optimizer.rate: 0.001 -> 0.5" in lines[0]
+
+
+@pytest.fixture
+def studio(straight):
+  return sample.restore(straight, {"steps": 2}, count=1)
+
+
+def test_sampled_films_keep_what_was_given_and_come_with_their_sheet(studio, tmp_path):
+  still = np.random.default_rng(0).integers(0, 255, (16, 24, 3), np.uint8)
+  Image.fromarray(still).save(tmp_path / "a.png")
+  request = Request(5, 16, 24, 12.0, first=str(tmp_path / "a.png"), keyframes={3: str(tmp_path / "a.png")})
+  canvas, mask = lay_out(request, studio.parts.codec.spatial)
+  made = studio.films(canvas[None], mask[None], ["a cat"], 0)[0]
+  np.testing.assert_array_equal(made[[0, 3]], np.stack([still, still]))
+  assert not np.array_equal(made[1], still)
+  sample.make(studio, request, "a cat", tmp_path / "film", seed=0)
+  assert all((tmp_path / f"film.{kind}").stat().st_size > 200 for kind in ("mp4", "gif", "png"))
+
+
+def test_a_region_is_redrawn_and_nothing_else(studio, tmp_path):
+  still = np.random.default_rng(1).integers(0, 255, (16, 24, 3), np.uint8)
+  Image.fromarray(still).save(tmp_path / "a.png")
+  region = np.full((16, 24), 255, np.uint8)
+  region[4:12, 8:16] = 0
+  Image.fromarray(region).save(tmp_path / "mask.png")
+  canvas, mask = lay_out(Request(5, 16, 24, 12.0, first=str(tmp_path / "a.png"), region=str(tmp_path / "mask.png")), 4)
+  made = studio.films(canvas[None], mask[None], [""], 0)[0]
+  outside = np.broadcast_to(region > 0, made.shape[:3])
+  np.testing.assert_array_equal(made[outside], np.broadcast_to(still, made.shape)[outside])
+  assert not np.array_equal(made[1:], np.broadcast_to(still, made.shape)[1:])
+
+
+def test_hidden_pixels_never_reach_a_film(studio):
+  rng = np.random.default_rng(2)
+  frames, mask = rng.integers(0, 255, (1, 5, 16, 24, 3), np.uint8), np.zeros((1, 5, 4, 6), bool)
+  mask[:, 0] = True
+  other = frames.copy()
+  other[:, 1:] = rng.integers(0, 255, other[:, 1:].shape, np.uint8)
+  np.testing.assert_array_equal(studio.films(frames, mask, [""], 0), studio.films(other, mask, [""], 0))
+
+
+def test_held_out_clips_become_films_numbers_and_a_page(studio, straight):
+  scores = sample.gallery(studio, straight, ["first", "first_last", "character"], count=2, show=1, say=lambda _: None)
+  written = json.loads((straight / "samples" / "scores.json").read_text())
+  assert [row["task"] for row in written] == ["first", "first_last", "character"] == [one.task for one in scores]
+  page = (straight / "samples" / "report.html").read_text()
+  assert all(f"{row['task']}-0.png" in page and (straight / "samples" / f"{row['task']}-0.mp4").exists()
+             for row in written)
+  assert "cross-fade" in written[1] and "cross-fade" not in written[0]
+
+
+def test_every_field_of_the_base_config_is_read_by_the_assembly():
+  source = "".join((ROOT / "anisora_jax" / "experiment" / name).read_text() for name in
+                   ("parts.py", "train.py", "sample.py"))
+  config, missing = base.get_config(), []
+  whole = {"mesh", "tasks", "times"}  # read as a whole: their fields are checked by the parts that take them
+  for section, fields in config.items():
+    if not isinstance(fields, ConfigDict):
+      missing += [] if f"config.{section}" in source else [section]
+    elif section == "optimizer":
+      known = set(optimizer.Optimizer.__dataclass_fields__) | {"ema"}
+      missing += sorted(set(fields) - known)
+    elif section in whole:
+      assert f"config.{section}.to_dict()" in source
+    else:
+      here = (f"config.{section}.", "loss." if section == "loss" else "settings." if section == "sample" else "\0")
+      missing += [f"{section}.{name}" for name in fields if not any(f"{start}{name}" in source for start in here)]
+  assert not missing
+
+
+def settings(records: Path, **changes) -> ConfigDict:
+  config = tiny.get_config()
+  config.data.records = str(records)
+  for name, value in changes.items():
+    section, field = name.split("__")
+    config[section][field] = value
+  return config
+
+
+WRONG = {  # a config's wrong fields -> what the line must say
+  "a codec of other channels": (dict(codec__spatial=2), "channels"),
+  "a size nobody made": (dict(model__size="tiney"), "did you mean 'tiny'"),
+  "a mesh of another count": (dict(mesh__seq=3), "needs"),
+  "two free axes": (dict(mesh__seq=-1), "at most one is -1"),
+  "heads not divisible by tensor": (dict(mesh__fsdp=1, mesh__tensor=8), "do not divide by mesh axis tensor"),
+  "a GPU kernel on the CPU": (dict(model__kernel="cudnn", model__dtype="bfloat16"), "needs a GPU"),
+  "full attention over shards": (dict(mesh__fsdp=4, mesh__seq=2, model__attention="full"), "use 'ring'"),
+  "a batch that does not divide": (dict(data__buckets="9x32x48@4"), "take a multiple"),
+  "a bucket that is no size": (dict(data__buckets="9x32x48"), "FRAMESxHEIGHTxWIDTH@BATCH"),
+  "pixels that do not fit the codec": (dict(data__buckets="9x30x48@16"), "multiples of 4"),
+  "latents that do not fit patches": (dict(data__buckets="9x36x48@16"), "multiples of 8"),
+  "no records": (dict(data__records=""), "made by data/pack.py"),
+  "missing records": (dict(data__records="/nowhere/at/all"), "/nowhere/at/all"),
+  "longer clips than there are": (dict(data__buckets="49x32x48@16"), "take fewer frames"),
+  "a probability above 1": (dict(times__per_frame=1.5), "no probability"),
+  "a negative task weight": (dict(tasks__first=-1.0), "take 0 or more"),
+  "a rate of zero": (dict(optimizer__rate=0.0), "above 0"),
+  "an unknown solver of times": (dict(times__law="normal"), "law of noise times"),
+  "an unknown remat": (dict(model__remat="some"), "remat policy"),
+  "an unknown loss weight": (dict(loss__weight="snr"), "loss weight"),
+  "frozen parts that are not there": (dict(optimizer__frozen="decoder/"), "meets no"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_configs_are_one_line_and_leave_nothing(case, records, tmp_path, capsys):
+  changes, said = WRONG[case]
+  status = errors.run(lambda: train.train(settings(records, **changes), tmp_path / "run"))
+  lines = capsys.readouterr().err.splitlines()
+  assert status == 2 and len(lines) == 1 and lines[0].startswith("error: ") and said in lines[0], lines
+  assert not (tmp_path / "run" / "config.json").exists()
+
+
+REQUESTS = {
+  "a keyframe out of range": (dict(keyframes={9: "a.png"}), "take 0 .. 4"),
+  "a loop with an end": (dict(first="a.png", last="a.png", loop=True), "loop needs"),
+  "a region over nothing": (dict(region="mask.png"), "--region needs"),
+  "a clip for no use": (dict(clip="c.mp4"), "--clip needs --keep"),
+  "all frames kept": (dict(clip="c.mp4", keep=5), "take 1 .. 4"),
+  "a missing still": (dict(first="none.png"), "does not exist"),
+  "a text named png": (dict(first="text.png"), "is not an image"),
+  "another aspect": (dict(first="wide.png"), "--fit crop"),
+  "a region that hides nothing": (dict(first="a.png", region="white.png"), "hides no pixel"),
+  "nothing left to make": (dict(keyframes=dict.fromkeys(range(5), "a.png")), "nothing is left"),
+}
+
+
+@pytest.mark.parametrize("case", REQUESTS)
+def test_wrong_requests_are_one_line(case, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  Image.new("RGB", (24, 16)).save("a.png")
+  Image.new("RGB", (48, 16)).save("wide.png")
+  Image.new("L", (24, 16), 255).save("white.png")
+  Image.new("L", (24, 16), 0).save("mask.png")
+  Path("text.png").write_text("no picture")
+  wrong, said = REQUESTS[case]
+  with pytest.raises(BadInput, match=said) as mistake:
+    lay_out(Request(5, 16, 24, 12.0, **wrong), 4)
+  assert "\n" not in str(mistake.value)
+
+
+def test_malformed_keyframes_are_refused():
+  for word in ("12", "=a.png", "x=a.png", "3="):
+    with pytest.raises(BadInput, match="FRAME=IMAGE"):
+      parse_keyframes([word])
+  assert parse_keyframes(["0=a.png", "12=b=c.png"]) == {0: "a.png", 12: "b=c.png"}
+
+
+@pytest.mark.parametrize(("words", "said"), [
+  (["--config=configs/tiny.py", "--config.train.stps=3"], "steps"),
+  (["--config=configs/nothing.py", "--workdir=x"], "configs/nothing.py"),
+  (["--confg=configs/tiny.py"], "did you mean 'config'"),
+])
+def test_wrong_flags_are_one_line_with_the_nearest_name(words, said, environment, tmp_path):
+  done = subprocess.run([sys.executable, "-m", "anisora_jax.train", *words], cwd=ROOT, env=environment,
+                        capture_output=True, text=True)
+  assert done.returncode == 2 and "Traceback" not in done.stderr
+  assert said in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_help_explains_and_a_dry_run_says_what_a_step_takes(records, capsys, environment):
+  said = subprocess.run([sys.executable, "-m", "anisora_jax.train", "--help"], cwd=ROOT, env=environment,
+                        capture_output=True, text=True, check=True).stdout
+  assert all(word in said for word in ("--config", "--workdir", "--dry_run", "configs/base.py"))
+  train.dry_run(settings(records, data__buckets="5x16x24@8"))
+  said = capsys.readouterr().out
+  assert all(word in said for word in ("fsdp 8", "662,176", "5x16x24@8", "MiB", "FLOPs a step"))
+
+
+def test_bfloat16_trains_with_float32_parameters(records):
+  config = settings(records, model__dtype="bfloat16", data__buckets="5x16x24@8")
+  made = parts.assemble(config)
+  assert made.network.dtype == jnp.bfloat16
+  assert {leaf.dtype for leaf in jax.tree.leaves(parts.abstract_params(made))} == {jnp.dtype("float32")}
