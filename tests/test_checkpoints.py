@@ -82,10 +82,10 @@ def test_a_save_holds_the_moment_it_was_asked_for(tmp_path, states):
 def test_a_part_is_restored_where_the_rest_is_left_out(tmp_path, states):
   save(tmp_path, states, 4)
   abstract = toy.abstract(toy.mesh_of(4))
-  only = jax.tree.map(lambda _: ..., abstract).replace(ema=abstract.ema)
-  _, state, _ = Checkpoints(tmp_path).restore(only)
-  assert_same_bits(state.ema, states[1].ema)
-  assert state.step is ... and set(jax.tree.leaves(state.params)) == {...}
+  for left_out in (jax.tree.map(lambda _: ..., abstract), toy.state.TrainState(..., ..., ..., ...)):
+    _, state, _ = Checkpoints(tmp_path).restore(left_out.replace(ema=abstract.ema))
+    assert_same_bits(state.ema, states[1].ema)
+    assert state.step is ... and set(jax.tree.leaves((state.params, state.opt))) == {...}
 
 
 def test_the_last_n_remain(tmp_path, states):
@@ -117,8 +117,10 @@ def test_every_flipped_bit_is_seen_and_the_step_before_is_used(tmp_path, states)
   assert_same_bits(state, states[1])
 
 
-@pytest.mark.parametrize("harm", ["delete", "truncate", "empty", "no manifest", "moved", "newer format"])
-def test_a_checkpoint_that_is_not_whole_is_passed_over(tmp_path, states, harm):
+@pytest.mark.parametrize("harm, reason", [
+  ("delete", "is missing"), ("truncate", "bytes and was written with"), ("empty", "is missing"),
+  ("no manifest", "not a finished checkpoint"), ("moved", "is that of step 8"), ("newer format", "is of format 2")])
+def test_a_checkpoint_that_is_not_whole_is_passed_over(tmp_path, states, harm, reason):
   save(tmp_path, states, 4, 8)
   last = tmp_path / "8"
   data = max((path for path in files_of(last) if path.parent.name == "d"), key=lambda path: path.stat().st_size)
@@ -137,7 +139,7 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over(tmp_path, states, harm):
     (last / manifest.NAME).write_text(text.replace('"format":1', '"format":2'))
   said = []
   assert Checkpoints(tmp_path, say=said.append).restore(toy.abstract(toy.mesh_of(8)))[0] == 4
-  assert len(said) == 1 and "\n" not in said[0]
+  assert len(said) == 1 and reason in said[0] and "\n" not in said[0]
 
 
 def test_where_nothing_is_good_one_line_says_so(tmp_path, states):
@@ -193,6 +195,8 @@ def test_what_is_not_ours_is_neither_read_nor_deleted(tmp_path, states):
    "params/gate is absent in the checkpoint and float32[1] in the model (and "),
   (lambda a: a.replace(params={k: v for k, v in a.params.items() if k != "bias"}),
    "params/bias is float32[16] in the checkpoint and absent in the model: use"),
+  (lambda a: a.replace(params={"gate": ...}),
+   "params/gate is absent in the checkpoint and not read in the model (and "),
 ])
 def test_a_checkpoint_of_another_model_is_refused_in_one_line(tmp_path, states, change, said):
   save(tmp_path, states, 4)

@@ -44,19 +44,34 @@ def leaves_by_path(tree: PyTree) -> dict[str, Any]:
           for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
+def spread(wanted: PyTree, stored: PyTree) -> PyTree:
+  """Puts the stored subtree, each leaf `...`, wherever `wanted` has one `...` for all of it."""
+  def subtree(path: tuple, leaf: Any) -> PyTree:
+    if leaf is not ...:
+      return leaf
+    node = stored
+    for entry in path:
+      key = getattr(entry, "key", getattr(entry, "idx", getattr(entry, "name", None)))
+      try:
+        node = node[key]
+      except (KeyError, IndexError, TypeError):
+        return leaf  # not there: the comparison with the model will say so
+    return jax.tree.map(lambda _: ..., node)
+  return jax.tree_util.tree_map_with_path(subtree, wanted)
+
+
 def refuse_other_model(stored: PyTree, wanted: PyTree, where: Path) -> None:
   """Raises BadInput naming the first array that the checkpoint and the model do not share in shape and dtype.
 
-  Orbax casts a dtype silently. Leaves of `wanted` that are `...` are left out of the restore and match anything.
+  Orbax casts a dtype silently. A leaf `...` of `wanted` is not read and may have any.
   """
   have, want = leaves_by_path(stored), leaves_by_path(wanted)
   wrong = []
   for path in [*want, *(path for path in have if path not in want)]:
-    a, b = (f"{tree[path].dtype}{list(tree[path].shape)}" if path in tree and tree[path] is not ... else None
-            for tree in (have, want))
-    skipped = path in want and want[path] is ... and a is not None
-    if a != b and not skipped:
-      wrong.append(f"{path} is {a or 'absent'} in the checkpoint and {b or 'absent'} in the model")
+    a, b = ("absent" if path not in tree else "not read" if tree[path] is ... else
+            f"{tree[path].dtype}{list(tree[path].shape)}" for tree in (have, want))
+    if a != b and not (b == "not read" and path in have):
+      wrong.append(f"{path} is {a} in the checkpoint and {b} in the model")
   if wrong:
     others = f" (and {len(wrong) - 1} more differ)" if len(wrong) > 1 else ""
     raise BadInput(f"{where} is of another model: {wrong[0]}{others}: use the config it was trained with.")
@@ -133,7 +148,8 @@ class Checkpoints:
   def restore(self, abstract: PyTree) -> tuple[int, PyTree, dict]:
     """The newest checkpoint whose bytes are all as written: its step, its state, the loader's position.
 
-    abstract: the state's tree of jax.ShapeDtypeStruct with shardings, of whatever mesh; a leaf `...` is not read.
+    abstract: the state's tree of jax.ShapeDtypeStruct with shardings, of whatever mesh; a `...` in place of
+    a leaf or of a whole subtree is not read (each leaf under it comes back as `...`).
     Says in one line which newer checkpoints were passed over, and why. Raises BadInput if none is good or if the
     checkpoint is of another model.
     """
@@ -142,6 +158,7 @@ class Checkpoints:
       raise BadInput(f"{self.folder} holds no good checkpoint: restore it from a copy, or start in another folder.")
     path = self.folder / str(step)
     about = ocp.checkpointables_metadata(path)
+    abstract = spread(abstract, about.metadata["state"])
     refuse_other_model(about.metadata["state"], abstract, path)
     state = ocp.load_checkpointables(path, {"state": abstract})["state"]
     return step, state, about.custom_metadata["loader"]

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from anisora_jax.errors import BadInput
 
 ABSENT = "absent"
@@ -30,12 +32,15 @@ def usable(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def lock(folder: str | Path, say: Callable[[str], None] = print) -> Iterator[None]:
-  """Holds a run's folder, making it if need be; raises BadInput while another trainer does. Only the first host calls.
+  """Holds a run's folder, making it if need be; raises BadInput while another trainer does. The first host does it.
 
   The kernel's lock ends with the process that holds it, however it dies, so none is ever stale; host and process id
   stand in the file for the message only.
   """
   folder = Path(folder)
+  if jax.process_index() != 0:
+    yield
+    return
   with usable(folder):
     folder.mkdir(parents=True, exist_ok=True)
     file = (folder / "lock").open("a+")
@@ -74,7 +79,7 @@ def differences(old: dict, new: dict) -> dict[str, str]:
 
 
 def keep_config(folder: str | Path, config: dict, may_change: Iterable[str] = ()) -> dict[str, str]:
-  """Writes config.json into a new run's folder, or holds it against the one there. Returns what changed, to be said.
+  """Writes config.json into a new run's folder, or holds config against the one there. Returns what changed, to say.
 
   config: JSON. may_change: names of fields, or patterns like "report.*", that a run may resume with otherwise; the
   file then takes the new values. Raises BadInput with every other difference, as "field: old -> new".
@@ -94,7 +99,7 @@ def keep_config(folder: str | Path, config: dict, may_change: Iterable[str] = ()
     if refused:
       raise BadInput(f"{folder} holds a run of another config ({'; '.join(refused)}): take these back, or take another "
                      f"folder.")
-  if changed or not path.exists():
+  if jax.process_index() == 0 and (changed or not path.exists()):
     # A rename, so that a kill leaves the old file or the new one.
     partial = path.with_suffix(".partial")
     with usable(Path(folder)):

@@ -18,7 +18,7 @@ from anisora_jax.errors import BadInput
 from anisora_jax.training.report import Clock
 from anisora_jax.training.stop import Stop
 
-PATIENCE = 8  # steps in a row that may be skipped because their loss is not finite
+PATIENCE = 8  # steps in a row that may be skipped because they were not finite
 
 
 @runtime_checkable
@@ -112,8 +112,9 @@ class Settling:
     ids = ", ".join(str(record) for record in step.batch["id"][:8])
     self.effects.say(f"step {step.number}: loss {measures['loss']}, the update is left out; records {ids}.")
     if len(self.skipped) == PATIENCE:
-      raise BadInput(f"the loss was not finite in {PATIENCE} steps in a row ({self.skipped[0]} to {step.number}): "
-                     f"lower the learning rate or look at the records named above; the last checkpoint is good.")
+      raise BadInput(f"{PATIENCE} steps in a row ({self.skipped[0]} to {step.number}) had a loss or gradient that was "
+                     f"not finite: lower the learning rate, or look at the records named above; the last checkpoint "
+                     f"is good.")
 
 
 def run(state: Any, step: Callable[[Any, Any], tuple[Any, dict]], batches: Loader, due: Due, effects: Effects,
@@ -123,7 +124,7 @@ def run(state: Any, step: Callable[[Any, Any], tuple[Any, dict]], batches: Loade
   step: (state, placed batch) -> (state, measures); measures are scalars, among them loss, skipped (1 if the update was
   left out because it was not finite) and stop (maximum of the batch's). It may donate the state.
   However it ends, save for an error, the last step is in a checkpoint; never is one step saved twice.
-  Raises BadInput when 8 losses in a row are not finite, and when the last checkpoint cannot be written.
+  Raises BadInput when 8 steps in a row are not finite, and when the last checkpoint cannot be written.
   """
   settling = Settling(effects, due, clock)
   pending: Pending | None = None
