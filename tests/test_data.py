@@ -89,6 +89,25 @@ def test_the_mask_is_where_the_main_character_is_seen():
       assert differs.sum() > .5 * mask.sum()
 
 
+def test_the_mask_leaves_out_what_stands_before_the_main_character():
+  """Witness: the frames of the main character alone, and of the others alone."""
+  covered = 0
+  for seed in range(20):
+    shot = toons.plan_shot(np.random.default_rng(seed), "at dusk", 3.5, 150)
+    alone, others = (replace(shot, characters=part, scene=replace(shot.scene, bushes=[]))
+                     for part in (shot.characters[:1], shot.characters[1:]))
+    for u in (.5, 1.7, 2.9):
+      frame, mask, _ = toons.draw_frame(shot, u, 96, 144)
+      whole = toons.draw_frame(alone, u, 96, 144)[1]
+      assert not (mask & ~whole).any()
+      if others.characters:
+        inside = cv2.erode(mask.astype(np.uint8), np.ones((3, 3))).astype(bool)
+        unchanged = (toons.draw_frame(others, u, 96, 144)[0] == frame).all(-1)
+        assert (inside & unchanged).sum() <= .1 * inside.sum()
+      covered += whole.sum() > 1.03 * mask.sum()
+  assert covered > 5
+
+
 def test_the_mask_follows_the_characters_written_path(drawn):
   for _, masks, truth in drawn:
     for shot in truth["shots"]:
@@ -101,13 +120,23 @@ def test_the_mask_follows_the_characters_written_path(drawn):
 
 def test_the_ground_moves_as_the_camera_says():
   """Witness: the shift at which two strips of empty ground agree best."""
-  shot = toons.plan_shot(np.random.default_rng(3), "on a sunny day", 3.5, 150)
-  shot = replace(shot, characters=[], scene=replace(shot.scene, bushes=[]))
-  strips = [toons.draw_frame(shot, u, 200, 300)[0][188:].astype(int) for u in (0., .5)]
-  width, shifts = strips[0].shape[1], range(-80, 81)
-  def disagreement(k):
-    return abs(strips[0][:, max(0, k):width + min(0, k)] - strips[1][:, max(0, -k):width - max(0, k)]).mean()
-  assert min(shifts, key=disagreement) == pytest.approx(shot.pan * .5 * 200 / 100, abs=1)
+  for seed in range(4):
+    frames, _, truth = toons.draw_film(seed, seconds=3, height=200, width=300, fps=FPS)
+    one, other = (frames[number, 192:].astype(int) for number in (0, 5))
+    def disagreement(k, one=one, other=other):
+      return abs(one[:, max(0, k):300 + min(0, k)] - other[:, max(0, -k):300 - max(0, k)]).mean()
+    shift, camera = min(range(-80, 81), key=disagreement), truth["shots"][0]["camera"][5]
+    # Where bushes stand before everything, it is they that fill the lowest rows.
+    assert any(shift == pytest.approx(camera * truth["parallax"][layer], abs=1) for layer in ("ground", "foreground"))
+
+
+def test_the_same_frames_give_the_same_bytes_whatever_lies_in_memory():
+  film, rng, encoded = toons.draw_film(1, seconds=5)[0][18:36], np.random.default_rng(0), set()
+  for _ in range(4):
+    rubbish = [rng.integers(0, 256, size, dtype=np.uint8) for size in rng.integers(10000, 60000, 400)]
+    del rubbish
+    encoded.add(video.encode(film, 12.))
+  assert len(encoded) == 1
 
 
 def test_every_cut_is_between_places_that_differ():
@@ -235,6 +264,14 @@ def spoil(folder, good: Path):
   (folder / "empty.mp4").write_bytes(b"")
   whole = good.read_bytes()
   (folder / "cut-off.mp4").write_bytes(whole[:len(whole) // 2])
+  with av.open(str(good)) as film, av.open(str(folder / "early.mp4"), "w", options={"movflags": "faststart"}) as copy:
+    stream = copy.add_stream_from_template(film.streams.video[0])
+    for packet in film.demux(video=0):
+      if packet.dts is not None:
+        packet.stream = stream
+        copy.mux(packet)
+  early = (folder / "early.mp4").read_bytes()  # its index comes first, so it opens and ends too soon
+  (folder / "early.mp4").write_bytes(early[:len(early) * 2 // 3])
   os.mkfifo(folder / "pipe.mp4")
   (folder / "nowhere.mp4").symlink_to(folder / "gone.mp4")
   with av.open(str(folder / "sound.mp4"), "w") as container:
@@ -250,7 +287,8 @@ def spoil(folder, good: Path):
                                 ("masks", ".masks.npz", "no zip")):
     (folder / f"{name}.mp4").write_bytes(whole)
     (folder / f"{name}{suffix}").write_text(content)
-  return {"text.mp4": "not a film", "empty.mp4": "0 bytes", "cut-off.mp4": "cut off", "pipe.mp4": "not a regular file",
+  return {"text.mp4": "not a film", "empty.mp4": "0 bytes", "cut-off.mp4": "cut off",
+          "early.mp4": r"frames can be decoded", "pipe.mp4": "not a regular file",
           "nowhere.mp4": "No such file", "sound.mp4": "only sound", "rotten.mp4": "damaged", "words.mp4": "beside",
           "list.mp4": "beside", "masks.mp4": "beside"}
 
@@ -271,7 +309,7 @@ def test_bad_films_among_good_ones_are_skipped_counted_and_named(films, tmp_path
 
 def test_only_bad_films_are_one_clear_line(films, tmp_path):
   spoil(tmp_path, films / "film-0.mp4")
-  with pytest.raises(BadInput, match=r"none of the 10 films .* gave a clip: .*cut off") as error:
+  with pytest.raises(BadInput, match=r"none of the 11 films .* gave a clip: .*cut off") as error:
     pack.main(SETTINGS, tmp_path, tmp_path / "out", workers=2)
   assert "\n" not in str(error.value)
 

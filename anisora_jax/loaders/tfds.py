@@ -93,11 +93,11 @@ class TfdsClips:
     name, *chosen = re.split(r":(?![^\[]*\])", spec)
     self.name, folder = PREFIX + spec, find(name)
     about = dataset_info.read_proto_from_builder_dir(folder)
-    if not (folder / "features.json").is_file():
-      raise BadInput(f"{folder} has no features.json, so an old tensorflow_datasets made it: make it again.")
     if about.file_format != "array_record":
       raise BadInput(f"{folder} is stored as {about.file_format or 'tfrecord'}: only array_record can be read in any "
                      "order; convert it with: tfds convert_format --dataset_dir=... --out_file_format=array_record")
+    if not (folder / "features.json").is_file():
+      raise BadInput(f"{folder} has no features.json, so an old tensorflow_datasets made it: make it again.")
     splits = dataset_info.get_split_dict_from_proto(about, folder, file_adapters.FileFormat.ARRAY_RECORD)
     wanted = _split_of(split, chosen, list(splits), self.name)
     try:

@@ -125,8 +125,7 @@ def rgb(picture: av.VideoFrame, size: Size | None = None) -> UInt8[np.ndarray, "
     whole = np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)
     part = whole[top // down:-(-(top + height) // down), left // across:min(plane.width, -(-(left + width) // across))]
     planes.append(_spread(part, size) if across == 2 else _resized(part, size))
-  full = picture.color_range == _FULL_RANGE or picture.format.name.startswith("yuvj")
-  return cv2.transform(cv2.merge(planes), _matrix(int(picture.colorspace), full))
+  return cv2.transform(cv2.merge(planes), _matrix(int(picture.colorspace), picture.color_range == _FULL_RANGE))
 
 
 def _matrix(colorspace: int, full: bool) -> np.ndarray:
