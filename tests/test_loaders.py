@@ -20,7 +20,9 @@ from anisora_jax.loaders import buckets, mixture, records, tfds, video
 from anisora_jax.loaders.mixture import Batches
 
 SIZE = video.Size(32, 48)
-EXACT = av.video.reformatter.Interpolation  # of FFmpeg's own conversion, the witness for ours
+WAY = av.video.reformatter.Interpolation
+# FFmpeg's own conversion without its shortcuts: the witness for ours.
+EXACT = WAY.BILINEAR | WAY.ACCURATE_RND | WAY.FULL_CHR_H_INT
 
 
 def numbered(frames=24, colour=0):
@@ -95,11 +97,22 @@ def test_decoded_pixels_are_those_of_ffmpegs_own_conversion(space, number, full)
   ours = video.frames(out.getvalue(), [0])[0].astype(int)
   with av.open(io.BytesIO(out.getvalue())) as container:
     theirs = next(container.decode(video=0)).reformat(
-      format="rgb24", dst_color_range="JPEG", interpolation=EXACT.BILINEAR | EXACT.ACCURATE_RND | EXACT.FULL_CHR_H_INT)
+      format="rgb24", dst_color_range="JPEG", interpolation=EXACT)
   difference = ours - theirs.to_ndarray()
   # Both interpolate the halved colour planes, and round; a wrong matrix, range or place of the colour is off by more.
   assert abs(difference).mean() < .5 and abs(difference).max() <= 4
   assert abs(ours - picture).mean() < 2.5
+
+
+def test_encoded_colours_come_back_from_ffmpeg_where_they_were():
+  picture = cv2.GaussianBlur(np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8), (0, 0), 4)
+  picture = cv2.normalize(picture, None, 0, 255, cv2.NORM_MINMAX)
+  with av.open(io.BytesIO(video.encode(picture[None], 24., crf=1))) as container:
+    back = next(container.decode(video=0)).reformat(format="rgb24", interpolation=EXACT).to_ndarray()
+  error = back.astype(int) - picture
+  assert abs(error.mean((0, 1))).max() < .3
+  # Colour a column away from its place would add the mean step between columns, 5 levels.
+  assert abs(error).mean() < 1.6
 
 
 def test_chosen_frames_are_the_chosen_ones():
