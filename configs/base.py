@@ -21,6 +21,7 @@ def get_config() -> ConfigDict:
     "attention": "ring",      # full or ring; a ring over seq = 1 is full
     "kernel": "dense",        # dense anywhere; cudnn on NVIDIA GPUs in bfloat16
     "remat": "attention",     # what a layer keeps for its backward pass: none, attention, matmuls, full
+    "gate": 0.5,              # what gates start from when trained from scratch; 0 as Wan, which moves later
     "dtype": "float32",       # of arithmetic, bfloat16 on accelerators; parameters are always float32
   })
   config.codec = ConfigDict({

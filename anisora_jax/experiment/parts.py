@@ -74,7 +74,8 @@ def assemble(config: ConfigDict, count: int | None = None) -> Parts:
   pick(REMAT, config.model.remat, "remat policy")
   dtype = pick(DTYPES, config.model.dtype, "dtype")
   attention.check(config.model.attention, config.model.kernel, mesh, size.heads, config.model.dtype)
-  network = WanDiT(size, mesh, config.model.attention, config.model.kernel, config.model.remat, dtype)
+  network = WanDiT(size, mesh, config.model.attention, config.model.kernel, config.model.remat, dtype,
+                   config.model.gate)
   times, loss = config.times.to_dict(), config.loss
   times["late_from"] = round(times["late_from"] * config.train.steps)
   pick(WEIGHTS, loss.weight, "loss weight")

@@ -26,7 +26,8 @@ from anisora_jax.parallel import mesh as meshes
 from anisora_jax.sampling import film, guidance, plans, sampler
 from anisora_jax.sampling.request import Request, lay_out
 from anisora_jax.sampling.sheet import Sheet, write_sheet
-from anisora_jax.sampling.solvers import SOLVERS
+from anisora_jax.sampling.solvers import SOLVERS, Solver
+from anisora_jax.shapes import Latents, Text
 from anisora_jax.tasks.conditions import Condition, cells_touched, condition
 from anisora_jax.tasks.masks import TASKS, Scene
 from anisora_jax.training import report, state, step
@@ -54,7 +55,8 @@ class Studio:
 
   @cached_property
   def _run(self) -> Callable:
-    return jax.jit(partial(_walk, self.parts, self.config.sample.solver, float(self.config.sample.guidance)))
+    return jax.jit(partial(_walk, self.parts.method.velocity, SOLVERS[self.config.sample.solver],
+                           float(self.config.sample.guidance)))
 
   def films(self, frames: Films, mask: Masks, captions: Sequence[str], number: int) -> Films:
     """Makes a batch of films. frames: the given pixels, hidden ones are not read. number: of the batch, for its noise.
@@ -68,17 +70,20 @@ class Studio:
     plan = plans.sync(sigmas, np.where(frozen, settings.multiplier, 1.0).astype(np.float32))
     text = jnp.asarray(self.parts.words(captions))
     noise = jax.random.normal(keys.key(self.config.seed, number, "sample"), given.known.shape)
-    made = codec.decode(self._run(self.params, given, plan, text, noise))
+    made = codec.decode(self._run(self.params, plan, noise, (given, text)))
     return np.asarray(jnp.clip(jnp.round((made + 1) * 127.5), 0, 255).astype(jnp.uint8))
 
 
-def _walk(parts: Parts, solver: str, scale: float, params: PyTree, given: Condition, plan: plans.Plan, text, noise):
-  """Samples latents: the compiled part."""
-  def network(text, x, told):
-    return parts.method.velocity(params, x, told, given, text)
+def _walk(velocity: Callable, solver: Solver, scale: float, params: PyTree, plan: plans.Plan, noise: Latents,
+          shown: tuple[Condition, Text]) -> Latents:
+  """Samples latents: the compiled part. shown: what is given, and the text."""
+  given, text = shown
 
-  velocity = guidance.text(partial(network, text), partial(network, jnp.zeros_like(text)), scale)
-  return sampler.sample(velocity, plan, noise, given.known, SOLVERS[solver], given.held)
+  def network(text, x, told):
+    return velocity(params, x, told, given, text)
+
+  guided = guidance.text(partial(network, text), partial(network, jnp.zeros_like(text)), scale)
+  return sampler.sample(guided, plan, noise, given.known, solver, given.held)
 
 
 def restore(folder: Path, changes: dict[str, object], count: int | None = None) -> Studio:
@@ -101,9 +106,15 @@ def make(studio: Studio, request: Request, prompt: str, out: Path, seed: int) ->
   canvas, mask = lay_out(request, studio.parts.codec.spatial)
   made = studio.films(canvas[None], mask[None], [prompt], seed)[0]
   shown = slice(None, -1) if request.loop else slice(None)  # the last frame of a loop is the first of its next round
-  film.write_mp4(out.with_suffix(".mp4"), made[shown], request.fps)
-  film.write_gif(out.with_suffix(".gif"), made[shown], request.fps)
+  write_films(out, made[shown], request.fps)
   write_sheet(out.with_suffix(".png"), Sheet(out.stem, prompt, canvas, mask, made))
+
+
+def write_films(path: Path, made: UInt8[np.ndarray, "F H W 3"], fps: float) -> None:
+  """PATH.mp4 and PATH.gif, small frames enlarged by a whole number: H.264 halves the colour's resolution."""
+  times = max(1, 200 // made.shape[2])
+  film.write_mp4(path.with_suffix(".mp4"), made, fps, times)
+  film.write_gif(path.with_suffix(".gif"), made, fps, times)
 
 
 def task_masks(studio: Studio, task: str, character: Bool[np.ndarray, "b F H W"], number: int) -> Masks:
@@ -163,8 +174,7 @@ def score(shown: Sequence[Shown]) -> page.Score:
 def exhibit(one: Shown, path: Path, fps: float) -> page.Exhibit:
   """Writes a clip's mp4, gif and contact sheet."""
   note = ", ".join(f"{name} {value:.2f} dB" for name, value in one.psnr.items())
-  film.write_mp4(path.with_suffix(".mp4"), one.made, fps)
-  film.write_gif(path.with_suffix(".gif"), one.made, fps)
+  write_films(path, one.made, fps)
   write_sheet(path.with_suffix(".png"), Sheet(f"{one.task}: {note}", one.caption, one.truth, one.mask, one.made,
                                               one.truth))
   return page.Exhibit(one.task, one.caption, path.with_suffix(".png"), path.with_suffix(".mp4"),

@@ -1,11 +1,12 @@
 """What every codec offers: frames to latents and back, and how many frames and pixels one latent covers."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from anisora_jax.errors import BadInput
 from anisora_jax.shapes import Frames, Latents
 
 
+@runtime_checkable
 class Codec(Protocol):
   """temporal (m), spatial: pixel frames and pixels a side that one latent cell covers; channels: c.
 

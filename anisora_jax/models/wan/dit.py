@@ -57,6 +57,11 @@ def _scaled_normal(key, shape, dtype=jnp.float32):
   return initializers.normal(shape[-1] ** -0.5)(key, shape, dtype)
 
 
+def _gated(gate: float, key, shape, dtype=jnp.float32):
+  """The same for shift, scale, gate, shift, scale, gate, with `gate` added to the gates."""
+  return _scaled_normal(key, shape, dtype) + jnp.array([0, 0, gate, 0, 0, gate], dtype)[:, None]
+
+
 class Attention(nn.Module):
   """The learned parts around attention: projections, and norms over all heads together."""
 
@@ -111,7 +116,7 @@ class Block(nn.Module):
   @nn.compact
   def __call__(self, x: Tokens, time: Time, text, image, turns, segments) -> tuple[Tokens, None]:
     parts = {"size": self.size, "mesh": self.mesh, "pattern": self.pattern, "kernel": self.kernel, "dtype": self.dtype}
-    learned = self.param("modulation", _scaled_normal, (6, self.size.width))
+    learned = self.param("modulation", partial(_gated, self.gate), (6, self.size.width))
     shift1, scale1, gate1, shift2, scale2, gate2 = jnp.moveaxis((learned + time)[:, :, None], -2, 0)
 
     def add(x, y, gate=1.0):  # f32: small updates must not vanish in a bf16 sum
@@ -155,7 +160,10 @@ class Head(nn.Module):
 
 
 class WanDiT(nn.Module):
-  """The whole transformer. remat, pattern, kernel: names in REMAT, attention.PATTERNS, attention.LOCAL."""
+  """The whole transformer. remat, pattern, kernel: names in REMAT, attention.PATTERNS, attention.LOCAL.
+
+  gate: what gates start from, 0 in Wan; a small model trained from scratch moves sooner from 0.5.
+  """
 
   size: Size
   mesh: Mesh
@@ -196,7 +204,7 @@ class WanDiT(nn.Module):
     block = nn.remat(Block, policy=REMAT[self.remat], prevent_cse=False)
     stack = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=(nn.broadcast,) * 5,
                     length=size.layers)
-    stack = stack(size, self.mesh, self.pattern, self.kernel, self.dtype, name="blocks")
+    stack = stack(size, self.mesh, self.pattern, self.kernel, self.dtype, self.gate, name="blocks")
     tokens, _ = stack(tokens, time, text, image, rope.turns(positions, size.head_width), segments)
     patches = hold(Head(size, self.dtype, name="head")(tokens, e), self.mesh, TOKENS)
     return from_patches(patches[:, :, :n], size.patch, h, w)
