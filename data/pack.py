@@ -28,9 +28,10 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import command
 import cv2
 import numpy as np
-from absl import app, flags
+from absl import flags
 from scenedetect import ContentDetector, FrameTimecode
 from tqdm import tqdm
 
@@ -334,8 +335,6 @@ def define_flags() -> None:
 
 
 if __name__ == "__main__":
-  define_flags()
-  given = flags.FLAGS
-  app.run(lambda _: errors.run(lambda: main(
+  command.run(define_flags, lambda given: main(
     Settings(**{name: given[name].value for name in Settings.__dataclass_fields__}), Path(given.films), Path(given.out),
-    given.workers)))
+    given.workers))

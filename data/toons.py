@@ -27,8 +27,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import cartoon
+import command
 import numpy as np
-from absl import app, flags
+from absl import flags
 from tqdm import tqdm
 
 from anisora_jax import errors
@@ -212,5 +213,4 @@ def define_flags() -> None:
 
 
 if __name__ == "__main__":
-  define_flags()
-  app.run(lambda _: errors.run(lambda: main(flags.FLAGS)))
+  command.run(define_flags, main)

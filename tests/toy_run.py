@@ -69,8 +69,8 @@ def begin(seed: int = 0) -> state.TrainState:
 
 
 def placed(mesh, seed: int = 0) -> state.TrainState:
-  shapes = jax.eval_shape(partial(begin, seed))
-  return jax.jit(partial(begin, seed), out_shardings=placements(shapes, mesh))()
+  made = begin(seed)
+  return jax.device_put(made, placements(made, mesh))
 
 
 def abstract(mesh) -> state.TrainState:

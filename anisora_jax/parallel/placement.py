@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
@@ -16,6 +17,7 @@ from jaxtyping import PyTree
 from anisora_jax.errors import BadInput
 from anisora_jax.parallel.mesh import BATCH
 
+Leaf = jax.ShapeDtypeStruct | jax.Array | np.ndarray
 Rules = Sequence[tuple[str, P]]
 TOKENS = P(BATCH, None, "seq", None)  # [b/(data fsdp), f, n/seq, d]
 
@@ -33,7 +35,7 @@ def shardings(rules: Rules, tree: PyTree, mesh: Mesh) -> PyTree:
   """
   met = set()
 
-  def place(path: tuple, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+  def place(path: tuple, leaf: Leaf) -> NamedSharding:
     name = path_text(path)
     for pattern, spec in rules:
       if re.search(pattern, name):
@@ -67,7 +69,7 @@ def like(state: PyTree, params: PyTree, placed: PyTree, mesh: Mesh) -> PyTree:
   table = dict(zip(paths, jax.tree.leaves(placed), strict=True))
   whole = NamedSharding(mesh, P())
 
-  def place(path: tuple, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+  def place(path: tuple, leaf: Leaf) -> NamedSharding:
     parts = path_text(path).split("/")
     ends = ("/".join(parts[start:]) for start in range(len(parts)))
     return next((table[end, leaf.shape] for end in ends if (end, leaf.shape) in table), whole)

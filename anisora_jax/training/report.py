@@ -4,8 +4,10 @@ measures.jsonl: {"start": n} when a run starts or resumes after step n, then one
 back is one run: steps that were done again count once, as done last; a torn last line counts as not written.
 """
 
+import errno
 import json
 import math
+import os
 import statistics
 import sys
 import time
@@ -112,7 +114,8 @@ class Report:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     open_end(folder / "measures.jsonl")
-    self._file = (folder / "measures.jsonl").open("a")
+    self._file = (folder / "measures.jsonl").open("ab", buffering=0)
+    self._full = False
     self._write({"start": start})
     self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1, flush_secs=10)
     seen = sys.stderr.isatty() or "ipykernel" in sys.modules
@@ -150,7 +153,18 @@ class Report:
       tqdm.write(line, file=sys.stderr)
 
   def _write(self, record: dict) -> None:
-    # JSON has no NaN. One write a line: a kill tears the last one at most.
+    """One write a line, so that a kill tears the last one at most; a full disk costs lines, never the run."""
+    # JSON has no NaN.
     clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-    self._file.write(json.dumps(clean) + "\n")
-    self._file.flush()
+    line, end = json.dumps(clean).encode() + b"\n", self._file.tell()
+    try:
+      if self._file.write(line) < len(line):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+      self._full = False
+    except OSError as error:
+      self._file.truncate(end)
+      self._file.seek(end)
+      if not self._full:
+        self.say(f"{self._file.name}: {error.strerror}; the measures of this step and of those until there is room "
+                 f"again are not kept.")
+      self._full = True

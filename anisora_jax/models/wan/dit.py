@@ -73,13 +73,13 @@ class Attention(nn.Module):
 
   def project(self, x: Float[Array, "... d"], name: str) -> Float[Array, "... a k"]:
     """One of q, k, v, split into heads; queries and keys are normalised before the split."""
-    y = linear(self.size.width, name, self.dtype)(x)
+    y = linear(self.size.width, name, self.dtype, self.mesh, "out")(x)
     if name[0] != "v":
       y = RMSNorm(name=f"norm_{name}")(y)
     return rearrange(y, "... (a k) -> ... a k", a=self.size.heads)
 
   def join(self, o: Float[Array, "b f n a k"]) -> Tokens:
-    return linear(self.size.width, "o", self.dtype)(rearrange(o, "b f n a k -> b f n (a k)"))
+    return linear(self.size.width, "o", self.dtype, self.mesh, "in")(rearrange(o, "b f n a k -> b f n (a k)"))
 
 
 class SelfAttention(Attention):
@@ -112,6 +112,7 @@ class Block(nn.Module):
   pattern: str
   kernel: str
   dtype: DTypeLike
+  gate: float
 
   @nn.compact
   def __call__(self, x: Tokens, time: Time, text, image, turns, segments) -> tuple[Tokens, None]:
@@ -127,7 +128,7 @@ class Block(nn.Module):
     y = LayerNorm(name="cross_norm")(x).astype(self.dtype)
     x = add(x, CrossAttention(**parts, name="cross_attention")(y, text, image))
     y = (layer_norm(x) * (1 + scale2) + shift2).astype(self.dtype)
-    x = add(x, MLP(self.size.mlp, self.size.width, self.dtype, name="mlp")(y), gate2)
+    x = add(x, MLP(self.size.mlp, self.size.width, self.dtype, self.mesh, name="mlp")(y), gate2)
     return hold(x, self.mesh, TOKENS), None
 
 
@@ -136,11 +137,13 @@ class ImageTokens(nn.Module):
 
   width: int
   dtype: DTypeLike
+  mesh: Mesh
 
   @nn.compact
   def __call__(self, image: Float[Array, "b i y"]) -> Float[Array, "b i d"]:
     y = LayerNorm(eps=1e-5, name="norm_in")(image)
-    y = MLP(image.shape[-1], self.width, self.dtype, activation=partial(nn.gelu, approximate=False), name="mlp")(y)
+    exact = partial(nn.gelu, approximate=False)
+    y = MLP(image.shape[-1], self.width, self.dtype, self.mesh, activation=exact, name="mlp")(y)
     return LayerNorm(eps=1e-5, name="norm_out")(y)
 
 
@@ -148,7 +151,7 @@ class Head(nn.Module):
   """Tokens -> the velocity of their patch."""
 
   size: Size
-  dtype: DTypeLike
+  mesh: Mesh
 
   @nn.compact
   def __call__(self, x: Tokens, time: Float[Array, "b _ d"]) -> Float[Array, "b f n i"]:
@@ -156,7 +159,7 @@ class Head(nn.Module):
     shift, scale = jnp.moveaxis((learned + time[:, :, None])[:, :, None], -2, 0)
     y = layer_norm(x) * (1 + scale) + shift
     # f32 and zeros at first: the velocity starts at nothing, and its error is what the loss measures.
-    return linear(self.size.patch**2 * self.size.channels, "out", jnp.float32, initializers.zeros)(y)
+    return linear(self.size.patch**2 * self.size.channels, "out", jnp.float32, self.mesh, init=initializers.zeros)(y)
 
 
 class WanDiT(nn.Module):
@@ -171,6 +174,7 @@ class WanDiT(nn.Module):
   kernel: str = "dense"
   remat: str = "attention"
   dtype: DTypeLike = jnp.float32
+  gate: float = 0.0
 
   @nn.compact
   def __call__(self, x: Latents, t: Float[Array, "b _"], text: Text, given: Float[Array, "b f h w g"] | None = None,
@@ -186,25 +190,26 @@ class WanDiT(nn.Module):
     n = tokens.shape[2]
     spare = -n % self.mesh.shape["seq"]  # padding tokens, seen by none, so that n divides by its mesh axis
     tokens = jnp.pad(tokens, ((0, 0), (0, 0), (0, spare), (0, 0)))
-    tokens = hold(linear(size.width, "patch_in", self.dtype)(tokens), self.mesh, TOKENS)
+    tokens = hold(linear(size.width, "patch_in", self.dtype, self.mesh)(tokens), self.mesh, TOKENS)
     positions = jnp.pad(rope.grid(f, h // size.patch, w // size.patch), ((0, 0), (0, spare), (0, 0)))
     segments = jnp.broadcast_to(jnp.where(jnp.arange(n + spare) < n, 0, -1), tokens.shape[:3]) if spare else None
 
-    e = nn.silu(linear(size.width, "time_in", jnp.float32, SMALL)(waves(t, size.waves)))
-    # Times and text are pinned too: left to itself the compiler split their d over tensor, and on data x fsdp x tensor
-    # the head's product and the text layer's gradient came out wrong (jax 0.10.2, CPU).
-    e = hold(linear(size.width, "time_out", jnp.float32, SMALL)(e), self.mesh, P(BATCH, None, None))
-    time = rearrange(linear(6 * size.width, "time_modulation", jnp.float32)(nn.silu(e)), "b f (s d) -> b f s d", s=6)
-    time = hold(time, self.mesh, P(BATCH, None, None, None))
+    e = nn.silu(linear(size.width, "time_in", jnp.float32, self.mesh, init=SMALL)(waves(t, size.waves)))
+    e = linear(size.width, "time_out", jnp.float32, self.mesh, "out", SMALL)(e)
+    e = hold(e, self.mesh, P(BATCH, None, None))
+    time = linear(6 * size.width, "time_modulation", jnp.float32, self.mesh, "out")(nn.silu(e))
+    time = hold(rearrange(time, "b f (s d) -> b f s d", s=6), self.mesh, P(BATCH, None, None, None))
     text = jnp.pad(text, ((0, 0), (0, size.text_tokens - text.shape[1]), (0, 0)))
-    text = hold(MLP(size.width, size.width, self.dtype, init=SMALL, name="text")(text), self.mesh, P(BATCH, None, None))
+    text = MLP(size.width, size.width, self.dtype, self.mesh, init=SMALL, name="text")(text)
+    text = hold(text, self.mesh, P(BATCH, None, None))
     if image is not None:
-      image = hold(ImageTokens(size.width, self.dtype, name="image")(image), self.mesh, P(BATCH, None, None))
+      image = ImageTokens(size.width, self.dtype, self.mesh, name="image")(image)
+      image = hold(image, self.mesh, P(BATCH, None, None))
 
     block = nn.remat(Block, policy=REMAT[self.remat], prevent_cse=False)
     stack = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=(nn.broadcast,) * 5,
                     length=size.layers)
     stack = stack(size, self.mesh, self.pattern, self.kernel, self.dtype, self.gate, name="blocks")
     tokens, _ = stack(tokens, time, text, image, rope.turns(positions, size.head_width), segments)
-    patches = hold(Head(size, self.dtype, name="head")(tokens, e), self.mesh, TOKENS)
+    patches = hold(Head(size, self.mesh, name="head")(tokens, e), self.mesh, TOKENS)
     return from_patches(patches[:, :, :n], size.patch, h, w)

@@ -10,9 +10,13 @@ RULES = [
   (r"^blocks/.*/(q|k|v|k_image|v_image|up)/kernel$", P(None, "fsdp", "tensor")),   # [layer, d/fsdp, out/tensor]
   (r"^blocks/.*/(o|down)/kernel$", P(None, "tensor", "fsdp")),                     # [layer, in/tensor, d/fsdp]
   (r"^blocks/.*/(q|k|v|k_image|v_image|up)/bias$", P(None, "tensor")),             # [layer, out/tensor]
-  (r"^(time_out|time_modulation|text/up|text/down)/kernel$", P("fsdp", "tensor")),  # [in/fsdp, out/tensor]
+  (r"^(time_out|time_modulation|text/up)/kernel$", P("fsdp", "tensor")),           # [in/fsdp, out/tensor]
+  (r"^text/down/kernel$", P("tensor", "fsdp")),                                    # [in/tensor, out/fsdp]
   (r"^(patch_in|time_in)/kernel$", P(None, "fsdp")),                               # [in, d/fsdp]
   (r"^head/out/kernel$", P("fsdp", None)),                                         # [d/fsdp, out]
   (r"/(bias|scale|modulation)$", P()),
 ]
-IMAGE_RULES = [(r"^image/mlp/(up|down)/kernel$", P("fsdp", "tensor"))]             # only where image tokens are used
+IMAGE_RULES = [                                                                    # only where image tokens are used
+  (r"^image/mlp/up/kernel$", P("fsdp", "tensor")),                                 # [in/fsdp, out/tensor]
+  (r"^image/mlp/down/kernel$", P("tensor", "fsdp")),                               # [in/tensor, out/fsdp]
+]
