@@ -282,6 +282,8 @@ def write_records(out: Path, notes: dict[str, dict], settings: Settings) -> dict
 
 def main(settings: Settings, films_folder: Path, out: Path, workers: int) -> None:
   """Cuts, packs and says what came of it."""
+  if workers < 1:
+    raise errors.BadInput(f"--workers is {workers}: at least one process must do the work.")
   films = find_films(films_folder)
   sizes = [(film, (films_folder / film).stat().st_size) for film in films if (films_folder / film).exists()]
   heading = {"clip_seconds": settings.clip_seconds, "settings": asdict(settings),

@@ -349,6 +349,7 @@ def test_the_scripts_draw_and_pack_and_exit_with_2_on_bad_input(tmp_path):
                              ("toons", ("--film", "3"), "no flag is named --film: did you mean 'films'?"),
                              ("toons", ("many",), "unexpected words many"),
                              ("pack", ("--films", "nowhere"), "--out must have a value"),
-                             ("pack", ("--films", "nowhere", "--out", "x"), "is not a folder")):
+                             ("pack", ("--films", "nowhere", "--out", "x"), "is not a folder"),
+                             ("pack", ("--films", "films", "--out", "films/toon-0-0000.mp4"), "cannot write")):
     result = script(name, *flags)
     assert result.returncode == 2 and words in result.stderr and len(result.stderr.strip().splitlines()) == 1

@@ -2,6 +2,8 @@
 
 import io
 import json
+import resource
+import signal
 import threading
 from fractions import Fraction
 from pathlib import Path
@@ -339,6 +341,20 @@ def test_a_flipped_byte_in_a_shard_is_seen(tmp_path):
   batches = Batches(folder, "9x32x48@6", fps=12)
   batch, = draw(batches, 1)
   assert batch["ok"].sum() == 5 and len(batches.bad) == 1 and "\n" not in batches.bad[0][1]
+
+
+def test_a_full_disk_is_one_clear_line_and_leaves_no_shard(tmp_path):
+  """A limit on the size of files stands for the full disk: the write itself fails."""
+  record, limit = np.random.default_rng(0).bytes(200_000), resource.getrlimit(resource.RLIMIT_FSIZE)
+  handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limit[1]))
+  try:
+    with pytest.raises(BadInput, match=r"cannot write .*train.arrayrecord .*: make room and run again") as error:
+      records.write_shard(tmp_path / "train.arrayrecord", [record])
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    signal.signal(signal.SIGXFSZ, handler)
+  assert "\n" not in str(error.value) and not (tmp_path / "train.arrayrecord").exists()
 
 
 def test_a_source_of_rubbish_stops_the_run(tmp_path):

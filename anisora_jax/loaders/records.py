@@ -89,12 +89,19 @@ def unpack_mask(packed: bytes, shape: tuple[int, int, int]) -> Bool[np.ndarray, 
 
 
 def write_shard(path: Path, records: Sequence[bytes]) -> dict:
-  """Writes one ArrayRecord file under a temporary name, then renames it; returns its row for the index."""
+  """Writes one ArrayRecord file under a temporary name, then renames it; returns its row for the index.
+
+  Raises BadInput where the disk is full or refuses.
+  """
   unfinished = path.with_name(f".{path.name}.partial")
-  writer = ArrayRecordWriter(str(unfinished), _OPTIONS)
-  for record in records:
-    writer.write(record)
-  writer.close()
+  try:
+    writer = ArrayRecordWriter(str(unfinished), _OPTIONS)
+    for record in records:
+      writer.write(record)
+    writer.close()
+  except RuntimeError as error:
+    raise BadInput(f"cannot write {path} ({' '.join(str(error).split())}): make room and run again, what is finished "
+                   "is kept.") from error
   unfinished.replace(path)
   return {"name": path.name, "records": len(records), "bytes": path.stat().st_size}
 
