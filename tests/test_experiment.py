@@ -11,7 +11,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pack
 import pytest
+import toons
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -22,9 +24,10 @@ from anisora_jax.experiment import parts, sample, train
 from anisora_jax.sampling.request import Request, lay_out, parse_keyframes
 from anisora_jax.training import optimizer
 from configs import base, tiny
-from data import pack, toons
 
 ROOT = Path(__file__).resolve().parents[1]
+SETTINGS = pack.Settings(clip_seconds=1.0, height=0, width=0, held_out=0.34, threshold=27.0, crf=15, source="",
+                         licence="unknown", shard_megabytes=16.0)
 MESH = ("--cpu_devices=8", "--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.seq=2")
 
 
@@ -34,8 +37,7 @@ def records(tmp_path_factory) -> Path:
   films, out = tmp_path_factory.mktemp("films"), tmp_path_factory.mktemp("packed") / "records"
   for seed in range(3):
     toons.write_film(films, f"film-{seed}", toons.draw_film(seed, seconds=6, height=32, width=48, fps=12))
-  pack.main({"clip_seconds": 1.0, "height": 0, "width": 0, "held_out": 0.34, "threshold": 27.0, "crf": 15, "source": "",
-             "licence": "unknown", "shard_megabytes": 16.0}, films, out, workers=1)
+  pack.main(SETTINGS, films, out, workers=1)
   return out
 
 
