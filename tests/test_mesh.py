@@ -1,0 +1,265 @@
+"""Loss and gradients do not depend on the mesh; a ring of devices is one softmax; parameters live where rules say."""
+
+import re
+from collections import Counter
+from functools import partial
+from itertools import product
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from quick import QUICK
+
+from anisora_jax.errors import BadInput
+from anisora_jax.models import attention
+from anisora_jax.models.blocks import linear
+from anisora_jax.models.wan.dit import WanDiT
+from anisora_jax.models.wan.placement import IMAGE_RULES, RULES
+from anisora_jax.models.wan.sizes import SIZES, Size
+from anisora_jax.parallel import mesh, placement
+from anisora_jax.parallel.ring import ring
+
+SIZE = Size(layers=2, width=64, heads=8, mlp=96, channels=4, given=5, text_width=16, text_tokens=6, image_width=16,
+            waves=32)
+BATCH, FRAMES = 8, 2
+MESHES = [shape for shape in product((1, 2, 4, 8), repeat=4) if np.prod(shape) == 8]
+# Tokens of a frame: 16 divide; 15 leave one padding token; 9 on 8 devices leave three devices with padding alone.
+GRIDS = {16: (8, 8), 15: (6, 10), 9: (6, 6)}
+TOKENS = {1: 15, 2: 15, 4: 9, 8: 9}
+
+
+def dense_softmax(q, k, v, seen=None):
+  """softmax(q k / sqrt(width)) v with nothing clever; rows that see nothing are 0."""
+  logits = jnp.einsum("blak,bsak->bals", q, k) / np.sqrt(q.shape[-1])
+  if seen is None:
+    return jnp.einsum("bals,bsak->blak", jax.nn.softmax(logits), v)
+  weights = jax.nn.softmax(jnp.where(seen, logits, -1e9))
+  return jnp.einsum("bals,bsak->blak", jnp.where(seen, weights, 0.0), v)
+
+
+def reference_pattern(q, k, v, segments, on, kernel):
+  assert segments is None and on.size == 1
+  return dense_softmax(*(x.reshape(x.shape[0], -1, *x.shape[-2:]) for x in (q, k, v))).reshape(q.shape)
+
+
+def apart(ours, theirs) -> float:
+  """The largest difference, relative to the largest number."""
+  ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+  assert ours.shape == theirs.shape
+  return np.abs(ours - theirs).max() / np.abs(theirs).max()
+
+
+def on_mesh(shape: tuple[int, ...]):
+  return mesh.build(dict(zip(mesh.AXES, shape, strict=True)), count=int(np.prod(shape)))
+
+
+@pytest.fixture(scope="module")
+def params():
+  """Every parameter random, also those that start at zero."""
+  array = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+  made = jax.eval_shape(WanDiT(SIZE, mesh.build()).init, jax.random.key(0), array((1, 1, 2, 2, 4)), array((1, 1)),
+                        array((1, 1, 16)), array((1, 1, 2, 2, 5)), array((1, 3, 16)))["params"]
+  draw = np.random.default_rng(0)
+  return jax.tree.map(lambda leaf: draw.normal(size=leaf.shape, scale=leaf.shape[-2] ** -0.5 if leaf.ndim > 1 else 0.5)
+                      .astype(np.float32), made)
+
+
+def batch_of(n: int, times: int = FRAMES) -> dict:
+  draw, (h, w) = np.random.default_rng(1), GRIDS[n]
+  def normal(*shape):
+    return draw.normal(size=(BATCH, *shape)).astype(np.float32)
+
+  return {"x": normal(FRAMES, h, w, 4), "text": normal(5, 16), "given": normal(FRAMES, h, w, 5), "image": normal(3, 16),
+          "target": normal(FRAMES, h, w, 4), "t": draw.uniform(size=(BATCH, times)).astype(np.float32)}
+
+
+def compiled(on, params, batch, **options):
+  """The gradient step on a mesh, lowered for parameters placed by the rules and a batch split over data x fsdp."""
+  net = WanDiT(SIZE, on, **options)
+  placed = placement.shardings(RULES + IMAGE_RULES, params, on)
+  split = jax.tree.map(lambda _: NamedSharding(on, P(mesh.BATCH)), batch)
+
+  def loss(params, batch):
+    inputs = {name: x for name, x in batch.items() if name != "target"}
+    return jnp.square(net.apply({"params": params}, **inputs) - batch["target"]).mean()
+
+  step = jax.jit(jax.value_and_grad(loss), in_shardings=(placed, split), out_shardings=(None, placed))
+  return step.lower(params, batch).compile(compiler_options=QUICK)
+
+
+def run(step, params, batch):
+  return step(*jax.device_put((params, batch), step.input_shardings[0]))
+
+
+@pytest.fixture(scope="module")
+def truth(params):
+  """n -> loss and gradients on one device with plain softmax attention and automatic derivatives."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(attention.PATTERNS, "reference", reference_pattern)
+    patch.setitem(attention.LOCAL, "reference", dense_softmax)
+    options = {"pattern": "reference", "kernel": "reference", "remat": "none"}
+    return {n: run(compiled(mesh.build(), params, batch_of(n), **options), params, batch_of(n)) for n in GRIDS}
+
+
+def assert_true(result, truth):
+  (loss, gradients), (true_loss, true_gradients) = result, truth
+  assert apart(loss, true_loss) < 1e-5
+  worst = jax.tree.map(apart, gradients, true_gradients)
+  assert max(jax.tree.leaves(worst)) < 1e-4, worst
+
+
+@pytest.mark.parametrize("shape", MESHES, ids=str)
+def test_loss_and_every_gradient_equal_one_device(shape, params, truth):
+  n = TOKENS[shape[2]]
+  assert_true(run(compiled(on_mesh(shape), params, batch_of(n)), params, batch_of(n)), truth[n])
+
+
+def test_all_factorisations_of_eight_devices_are_run():
+  assert len(set(MESHES)) == 20 and all(np.prod(shape) == 8 for shape in MESHES)
+
+
+class Two(nn.Module):
+  """Two linear layers in a row, both with the hidden side split over tensor, as the layers of noise times are."""
+
+  on: Mesh
+
+  @nn.compact
+  def __call__(self, x):
+    return linear(64, "b", None, self.on, "out")(jnp.tanh(linear(16, "a", None, self.on, "out")(x)))
+
+
+def test_batch_and_kernels_may_share_an_axis():
+  """Sizes at which XLA (jax 0.10.2) returns wrong gradients when it is left to gather the kernels itself."""
+  draw, on = np.random.default_rng(0), on_mesh((2, 2, 1, 2))
+  params = {"a": {"kernel": draw.normal(size=(16, 16)), "bias": draw.normal(size=16)},
+            "b": {"kernel": draw.normal(size=(16, 64)), "bias": draw.normal(size=64)}}
+  params, x = jax.tree.map(np.float32, (params, draw.normal(size=(8, 3, 16))))
+  placed = placement.shardings([("kernel$", P("fsdp", "tensor")), ("bias$", P())], params, on)
+  step = jax.jit(jax.grad(lambda params, x: jnp.square(Two(on).apply({"params": params}, x)).mean()),
+                 in_shardings=(placed, NamedSharding(on, P(mesh.BATCH))), out_shardings=placed)
+
+  def plain(params, x):
+    hidden = jnp.tanh(x @ params["a"]["kernel"] + params["a"]["bias"])
+    return jnp.square(hidden @ params["b"]["kernel"] + params["b"]["bias"]).mean()
+
+  worst = jax.tree.map(apart, step(params, x), jax.grad(plain)(params, x))
+  assert max(jax.tree.leaves(worst)) < 1e-5, worst
+
+
+def test_a_vector_of_times_talks_and_weighs_as_one_time(params, truth):
+  """As many collectives, as much temporary memory; here without padding, so without segments."""
+  one, every = (compiled(on_mesh((2, 2, 2, 1)), params, batch_of(16, times)) for times in (1, FRAMES))
+  assert_true(run(every, params, batch_of(16)), truth[16])
+  talk = re.compile(r" (all-reduce|all-gather|collective-permute|reduce-scatter|all-to-all)(?:-start)?\(")
+  counts = [Counter(talk.findall(step.as_text())) for step in (one, every)]
+  assert counts[0] == counts[1] and {"all-reduce", "all-gather", "collective-permute"} <= set(counts[0])
+  memory = [step.memory_analysis().temp_size_in_bytes for step in (one, every)]
+  assert memory[1] <= 1.05 * memory[0], memory
+
+
+@pytest.mark.parametrize("seq", [2, 4, 8])
+def test_a_ring_is_one_softmax(seq):
+  """Values and gradients at four lengths, with random segments and padding, and once (32) without ids."""
+  ours = jax.shard_map(lambda *parts: ring(*parts, "seq", attention.DENSE), mesh=on_mesh((1, 1, seq, 1)),
+                       in_specs=P(None, "seq"), out_specs=P(None, "seq"))
+
+  def compare(q, k, v, ids, do):
+    seen = None if ids is None else ((ids[:, :, None] == ids[:, None]) & (ids >= 0)[:, None])[:, None]
+    got, got_back = jax.vjp(lambda *parts: ours(*parts, ids), q, k, v)
+    want, want_back = jax.vjp(partial(dense_softmax, seen=seen), q, k, v)
+    return (got, *got_back(do)), (want, *want_back(do))
+
+  def case(length):
+    draw, spare = np.random.default_rng(length), -length % seq
+    q, k, v, do = (draw.normal(size=(2, length + spare, 3, 8)).astype(np.float32) for _ in range(4))
+    ids = np.pad(draw.integers(0, 3, (2, length)), ((0, 0), (0, spare)), constant_values=-1)
+    return q, k, v, None if length == 32 else ids, do
+
+  cases = [case(length) for length in (30, 32, 33, 57)]
+  compared = jax.jit(lambda cases: [compare(*parts) for parts in cases], compiler_options=QUICK)(cases)
+  for all_got, all_want in compared:
+    for got, want in zip(all_got, all_want, strict=True):
+      assert apart(got, want) < 1e-5
+
+
+@pytest.mark.parametrize("name", [name for name in SIZES if name.startswith("wan")])
+def test_every_published_parameter_has_a_place_and_what_is_big_is_split(name):
+  size, on = SIZES[name], on_mesh((1, 2, 2, 2))
+  array = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+  made = jax.eval_shape(WanDiT(size, mesh.build()).init, jax.random.key(0), array((1, 1, 2, 2, size.channels)),
+                        array((1, 1)), array((1, 1, size.text_width)), array((1, 1, 2, 2, size.given)),
+                        array((1, 1, size.image_width)) if size.image_width else None)["params"]
+  placed = placement.shardings(RULES + (IMAGE_RULES if size.image_width else []), made, on)
+  share = sum(np.prod(sharding.shard_shape(leaf.shape))
+              for leaf, sharding in zip(jax.tree.leaves(made), jax.tree.leaves(placed), strict=True))
+  assert share < 0.255 * size.parameters()  # a quarter, and the little that is whole on every device
+
+
+def test_rules_and_parameters_must_meet():
+  tree, on = {"blocks": {"up": {"kernel": jnp.zeros((2, 4, 6)), "bias": jnp.zeros((2, 6))}}}, on_mesh((2, 2, 2, 1))
+  rules = [("kernel$", P(None, "fsdp", "tensor")), ("bias$", P())]
+  placed = placement.shardings(rules, tree, on)
+  assert placed["blocks"]["up"]["kernel"].spec == rules[0][1]
+  with pytest.raises(ValueError, match=r"no placement rule meets the parameter blocks/up/bias \(2, 6\)"):
+    placement.shardings(rules[:1], tree, on)
+  with pytest.raises(ValueError, match="meet no parameter: \\['scale\\$'\\]"):
+    placement.shardings([*rules, ("scale$", P())], tree, on)
+  with pytest.raises(BadInput, match=r"blocks/up/kernel \(2, 4, 6\) cannot be split: 6 does not divide by .* = 4"):
+    placement.shardings([("kernel$", P(None, None, ("fsdp", "seq"))), ("bias$", P())], tree, on)
+
+
+def test_moments_and_averages_live_with_their_parameters(params):
+  on = on_mesh((1, 2, 2, 2))
+  placed = placement.shardings(RULES + IMAGE_RULES, params, on)
+  state = jax.eval_shape(lambda p: {"step": jnp.int32(0), "ema": p, "opt": optax.adamw(1e-3).init(p)}, params)
+  where = placement.like(state, params, placed, on)
+  moments = where["opt"][0]
+  assert placed == where["ema"] == moments.mu == moments.nu
+  assert where["step"].spec == moments.count.spec == P()
+  assert placed["blocks"]["mlp"]["up"]["kernel"].spec == P(None, "fsdp", "tensor")
+
+
+def test_host_batches_become_global_arrays_split_over_data_and_fsdp():
+  batch = {"id": np.arange(8), "frames": np.arange(16).reshape(8, 2)}
+  made = mesh.to_devices(on_mesh((2, 2, 2, 1)), batch)
+  for name, x in made.items():
+    assert (np.asarray(x) == batch[name]).all() and x.sharding.shard_shape(x.shape)[0] == 2
+
+
+@pytest.mark.parametrize(("sizes", "count", "words"), [
+  ({"date": 2}, None, "no mesh axis is named 'date': did you mean 'data'?"),
+  ({"data": 3, "seq": 2}, None, "mesh data 3 x fsdp 1 x seq 2 x tensor 1 needs 6 devices and there are 8: choose"),
+  ({"data": 3, "seq": -1}, None, "needs 6 devices and there are 8"),
+  ({"data": 2}, 4, "needs 2 devices and there are 4"),
+  ({"data": -1, "seq": -1}, None, "at most one is -1"),
+  ({"data": 0}, None, "sizes are positive"),
+])
+def test_impossible_meshes_are_refused_in_one_line(sizes, count, words):
+  with pytest.raises(BadInput, match=re.escape(words)) as mistake:
+    mesh.build(sizes, count)
+  assert "\n" not in str(mistake.value)
+
+
+def test_a_mesh_takes_what_is_left_and_describes_itself():
+  assert mesh.describe(mesh.build({"data": 2, "fsdp": -1})) == "data 2 x fsdp 4 x seq 1 x tensor 1 on 8 cpu devices"
+  assert mesh.batch_shards(mesh.build({"data": 2, "fsdp": 2, "seq": 2})) == 4
+  assert mesh.build().size == 1
+
+
+@pytest.mark.parametrize(("shape", "pattern", "kernel", "heads", "dtype", "words"), [
+  ((1, 1, 2, 4), "ring", "dense", 6, "float32", "6 heads do not divide by mesh axis tensor = 4"),
+  ((1, 4, 2, 1), "full", "dense", 4, "float32", "pattern 'full' needs mesh axis seq = 1, got 2: use 'ring'"),
+  ((8, 1, 1, 1), "ring", "cudnn", 4, "bfloat16", "kernel 'cudnn' needs a GPU and bfloat16 or float16, here cpu"),
+  ((8, 1, 1, 1), "rign", "dense", 4, "float32", "no attention pattern is named 'rign': did you mean 'ring'?"),
+  ((8, 1, 1, 1), "ring", "dens", 4, "float32", "no attention kernel is named 'dens': did you mean 'dense'?"),
+])
+def test_attention_that_cannot_run_is_refused_in_one_line(shape, pattern, kernel, heads, dtype, words):
+  with pytest.raises(BadInput, match=re.escape(words)) as mistake:
+    attention.check(pattern, kernel, on_mesh(shape), heads, dtype)
+  assert "\n" not in str(mistake.value)
+  attention.check("ring", "dense", on_mesh((1, 1, 2, 4)), 8, "float32")
