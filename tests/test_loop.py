@@ -1,10 +1,13 @@
 """A run goes on exactly where it stopped, stops when asked, and tells what it did."""
 
+import itertools
 import json
 import math
 import os
+import resource
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -13,7 +16,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import tensorboardX
 import toy_run as toy
+from tensorboardX.proto import event_pb2
+from tensorboardX.record_writer import masked_crc32c
 
 from anisora_jax.checkpoints.orbax import Checkpoints
 from anisora_jax.errors import BadInput
@@ -214,6 +220,46 @@ def test_a_spoilt_or_missing_file_of_measures_is_one_line(tmp_path):
   path.write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
   with pytest.raises(BadInput, match="line 2 is not a record of a step"):
     report.read_measures(path)
+
+
+def events(folder) -> list[event_pb2.Event]:
+  """What TensorBoard would read of a folder's only event file."""
+  (path,), found = folder.glob("events.out.tfevents.*"), []
+  data = path.read_bytes()
+  while data:
+    length, = struct.unpack("<Q", data[:8])
+    assert data[8:12] == struct.pack("<I", masked_crc32c(data[:8]))
+    assert data[12 + length:16 + length] == struct.pack("<I", masked_crc32c(data[12:12 + length]))
+    found.append(event_pb2.Event.FromString(data[12:12 + length]))
+    data = data[16 + length:]
+  return found
+
+
+def test_the_board_reads_as_if_its_makers_had_written_it(tmp_path):
+  with tensorboardX.SummaryWriter(str(tmp_path / "theirs"), purge_step=5) as theirs:
+    theirs.add_scalar("loss", 0.25, 5)
+  with report.Report(tmp_path / "ours", 4, 10) as ours:
+    ours(5, {"loss": 0.25, "stop": 0})
+  both = events(tmp_path / "theirs"), events(tmp_path / "ours" / "tensorboard")
+  for event in itertools.chain(*both):
+    event.wall_time = 0
+  version, _, *rest = both[0]  # they tell the version once more
+  assert both[1] == [version, *rest] and len(rest) == 2
+
+
+def test_a_full_disk_costs_measures_and_not_the_run(tmp_path, capsys):
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  with report.Report(tmp_path, 0, 100, clock=lambda: 0.0) as measures:
+    for step in range(1, 31):
+      # The kernel refuses what goes beyond so many bytes, as it does on a full disk; from step 20 on it no longer does.
+      resource.setrlimit(resource.RLIMIT_FSIZE, (200 if step < 20 else limits[0], limits[1]))
+      measures(step, {"loss": 1.0 * step})
+  kept = [r["step"] for r in report.read_measures(tmp_path / "measures.jsonl")]
+  shown = [event.step for event in events(tmp_path / "tensorboard")][2:]
+  for steps in (kept, shown):
+    assert steps[0] == 1 and steps[-11:] == list(range(20, 31)) and 11 < len(steps) < 25
+  said = [line for line in capsys.readouterr().err.splitlines() if "cannot be written" in line]
+  assert len(said) == 2
 
 
 def test_only_the_first_host_writes(tmp_path):

@@ -25,6 +25,8 @@ from orbax.checkpoint import v1 as ocp
 from anisora_jax.checkpoints import manifest
 from anisora_jax.errors import BadInput
 
+ROOM = 2**20  # bytes for what Orbax and the manifest add to the arrays
+
 
 def agreed(number: int) -> int:
   """The first host's number, on every host: hosts that decided apart would wait for each other for ever."""
@@ -90,7 +92,8 @@ class Checkpoints:
     # Orbax wants absolute paths.
     self.folder, self.keep, self.say = Path(folder).absolute(), keep, say
     self._thread: threading.Thread | None = None
-    self._failure: str | None = None
+    self._failure: str | None = None  # of the last save
+    self._told: str | None = None
     self._spoilt: set[int] = set()
 
   def __enter__(self) -> "Checkpoints":
@@ -99,8 +102,7 @@ class Checkpoints:
   def __exit__(self, *_: object) -> None:
     """Lets the save that is being written end, also when the trainer dies of something else; says if it failed."""
     self._join()
-    if self._failure:
-      self.say(self._failure)
+    self._tell()
 
   @property
   def _unfinished(self) -> Path:
@@ -126,11 +128,11 @@ class Checkpoints:
     """
     began = time.perf_counter()
     self._join()
-    if self._failure:
-      self.say(self._failure)
+    self._tell()
     self._failure = None
-    if not agreed(self._prepare(step, size(state))):
-      self.say(self._failure or f"the checkpoint of step {step} was not written: see the first host's message.")
+    if not agreed(self._prepare(step, size(state) + ROOM)):
+      self._failure = self._failure or f"the checkpoint of step {step} was not written, as the first host says."
+      self._tell()
       return time.perf_counter() - began
     response = ocp.save_checkpointables_async(self._unfinished / str(step), {"state": state},
                                               custom_metadata={"loader": loader, "config": config})
@@ -142,8 +144,8 @@ class Checkpoints:
     """Waits until the last save is finished; raises BadInput if it failed, for then its steps would be lost."""
     self._join()
     if self._failure:
-      message, self._failure = self._failure, None
-      raise BadInput(message)
+      self._told, self._failure = self._failure, None
+      raise BadInput(self._told)
 
   def restore(self, abstract: PyTree) -> tuple[int, PyTree, dict]:
     """The newest checkpoint whose bytes are all as written: its step, its state, the loader's position.
@@ -231,6 +233,12 @@ class Checkpoints:
       rubbish = self._unfinished / f"{other}.deleted"
       (self.folder / str(other)).rename(rubbish)
       shutil.rmtree(rubbish)
+
+  def _tell(self) -> None:
+    """Says once that the last save failed."""
+    if self._failure and self._failure != self._told:
+      self.say(self._failure)
+      self._told = self._failure
 
   def _join(self) -> None:
     if self._thread:

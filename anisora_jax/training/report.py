@@ -4,10 +4,8 @@ measures.jsonl: {"start": n} when a run starts or resumes after step n, then one
 back is one run: steps that were done again count once, as done last; a torn last line counts as not written.
 """
 
-import errno
 import json
 import math
-import os
 import statistics
 import sys
 import time
@@ -15,10 +13,11 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
-from tensorboardX import SummaryWriter
 from tqdm.auto import tqdm
 
 from anisora_jax.errors import BadInput
+from anisora_jax.training.append import Append
+from anisora_jax.training.board import Board
 
 # Part of a device's kind, as JAX names it -> dense bf16 FLOP/s, from the makers' data sheets. First match counts.
 PEAKS = {"H100 PCIe": 7.56e14, "H100": 9.89e14, "H200": 9.89e14, "A100": 3.12e14, "TPU v6": 9.18e14,
@@ -112,12 +111,10 @@ class Report:
     if not leads:
       return
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     open_end(folder / "measures.jsonl")
-    self._file = (folder / "measures.jsonl").open("ab", buffering=0)
-    self._full = False
+    self._lines = Append(folder / "measures.jsonl", self.say)
+    self._board = Board(folder / "tensorboard", start, self.say)
     self._write({"start": start})
-    self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1, flush_secs=10)
     seen = sys.stderr.isatty() or "ipykernel" in sys.modules
     self._bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True) if seen else None
 
@@ -126,7 +123,7 @@ class Report:
 
   def __exit__(self, *_: object) -> None:
     if self._leads:
-      self._file.close()
+      self._lines.close()
       self._board.close()
       if self._bar is not None:
         self._bar.close()
@@ -136,10 +133,9 @@ class Report:
     if not self._leads:
       return
     self._write({"step": step, **measures})
-    for name, value in measures.items():
-      if isinstance(value, float):
-        self._board.add_scalar(name, value, step)
-    text = ", ".join(f"{name} {value:.4g}" for name, value in measures.items() if isinstance(value, float))
+    scalars = {name: value for name, value in measures.items() if isinstance(value, float)}
+    self._board(step, scalars)
+    text = ", ".join(f"{name} {value:.4g}" for name, value in scalars.items())
     if self._bar is not None:
       self._bar.update(step - self._bar.n)
       self._bar.set_postfix_str(text)
@@ -153,18 +149,6 @@ class Report:
       tqdm.write(line, file=sys.stderr)
 
   def _write(self, record: dict) -> None:
-    """One write a line, so that a kill tears the last one at most; a full disk costs lines, never the run."""
     # JSON has no NaN.
     clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-    line, end = json.dumps(clean).encode() + b"\n", self._file.tell()
-    try:
-      if self._file.write(line) < len(line):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-      self._full = False
-    except OSError as error:
-      self._file.truncate(end)
-      self._file.seek(end)
-      if not self._full:
-        self.say(f"{self._file.name}: {error.strerror}; the measures of this step and of those until there is room "
-                 f"again are not kept.")
-      self._full = True
+    self._lines(json.dumps(clean).encode() + b"\n")
