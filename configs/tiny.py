@@ -10,9 +10,8 @@ from configs import base
 
 def get_config() -> ConfigDict:
   config = base.get_config()
-  config.codec.spatial = 4
   config.model.size = "tiny"
-  config.data.buckets = "9x32x48@16"
+  config.data.buckets = "9x24x36@16"
   config.train.steps = 120
   config.train.held_out = 30
   config.train.checkpoint = 30

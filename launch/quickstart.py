@@ -59,6 +59,7 @@ def train_and_kill(command: list[str], run_folder: Path, step: int) -> None:
     done = attempts(run_folder / "measures.jsonl")
     if done and max(done[-1], default=0) >= step:
       training.send_signal(signal.SIGKILL)
+      training.wait()
       print(f"\nkilled at step {max(done[-1])} (kill -9); the same command goes on:", flush=True)
     time.sleep(0.05)
   if training.returncode != -signal.SIGKILL:
@@ -70,10 +71,10 @@ def check_resume(measures: Path) -> None:
   before, after = attempts(measures)[:2]
   twice = sorted(set(before) & set(after))
   equal = [all(before[step][name] == after[step][name] for name in ("loss", "grad_norm", "records")) for step in twice]
-  print(f"\nresumed exactly: steps {twice[0]} to {twice[-1]} were done twice, with the same records, losses and "
-        "gradient norms to the last bit." if twice and all(equal) else "")
   if not (twice and all(equal)):
     sys.exit(f"the resumed run is not the killed one: steps {twice} were done twice, equal: {equal}")
+  print(f"\nresumed exactly: steps {twice[0]} to {twice[-1]} were done twice, with the same records, losses and gradient "
+        "norms to the last bit.")
 
 
 def main(_: list[str]) -> None:

@@ -173,7 +173,7 @@ def test_a_region_is_redrawn_and_nothing_else(studio, tmp_path):
   region = np.full((16, 24), 255, np.uint8)
   region[4:12, 8:16] = 0
   Image.fromarray(region).save(tmp_path / "mask.png")
-  canvas, mask = lay_out(Request(5, 16, 24, 12.0, first=str(tmp_path / "a.png"), region=str(tmp_path / "mask.png")), 4)
+  canvas, mask = lay_out(Request(5, 16, 24, 12.0, first=str(tmp_path / "a.png"), region=str(tmp_path / "mask.png")), 2)
   made = studio.films(canvas[None], mask[None], [""], 0)[0]
   outside = np.broadcast_to(region > 0, made.shape[:3])
   np.testing.assert_array_equal(made[outside], np.broadcast_to(still, made.shape)[outside])
@@ -182,7 +182,7 @@ def test_a_region_is_redrawn_and_nothing_else(studio, tmp_path):
 
 def test_hidden_pixels_never_reach_a_film(studio):
   rng = np.random.default_rng(2)
-  frames, mask = rng.integers(0, 255, (1, 5, 16, 24, 3), np.uint8), np.zeros((1, 5, 4, 6), bool)
+  frames, mask = rng.integers(0, 255, (1, 5, 16, 24, 3), np.uint8), np.zeros((1, 5, 8, 12), bool)
   mask[:, 0] = True
   other = frames.copy()
   other[:, 1:] = rng.integers(0, 255, other[:, 1:].shape, np.uint8)
@@ -228,7 +228,7 @@ def settings(records: Path, **changes) -> ConfigDict:
 
 
 WRONG = {  # a config's wrong fields -> what the line must say
-  "a codec of other channels": (dict(codec__spatial=2), "channels"),
+  "a codec of other channels": (dict(codec__spatial=4), "channels"),
   "a size nobody made": (dict(model__size="tiney"), "did you mean 'tiny'"),
   "a mesh of another count": (dict(mesh__seq=3), "needs"),
   "two free axes": (dict(mesh__seq=-1), "at most one is -1"),
@@ -237,8 +237,8 @@ WRONG = {  # a config's wrong fields -> what the line must say
   "full attention over shards": (dict(mesh__fsdp=4, mesh__seq=2, model__attention="full"), "use 'ring'"),
   "a batch that does not divide": (dict(data__buckets="9x32x48@4"), "take a multiple"),
   "a bucket that is no size": (dict(data__buckets="9x32x48"), "FRAMESxHEIGHTxWIDTH@BATCH"),
-  "pixels that do not fit the codec": (dict(data__buckets="9x30x48@16"), "multiples of 4"),
-  "latents that do not fit patches": (dict(data__buckets="9x36x48@16"), "multiples of 8"),
+  "pixels that do not fit the codec": (dict(data__buckets="9x33x48@16"), "multiples of 2"),
+  "latents that do not fit patches": (dict(data__buckets="9x34x48@16"), "multiples of 4"),
   "no records": (dict(data__records=""), "made by data/pack.py"),
   "missing records": (dict(data__records="/nowhere/at/all"), "/nowhere/at/all"),
   "longer clips than there are": (dict(data__buckets="49x32x48@16"), "take fewer frames"),
@@ -314,7 +314,7 @@ def test_help_explains_and_a_dry_run_says_what_a_step_takes(records, capsys, env
   assert all(word in said for word in ("--config", "--workdir", "--dry_run", "configs/base.py"))
   train.dry_run(settings(records, data__buckets="5x16x24@8"))
   said = capsys.readouterr().out
-  assert all(word in said for word in ("fsdp 8", "662,176", "5x16x24@8", "MiB", "FLOPs a step"))
+  assert all(word in said for word in ("fsdp 8", "620,560", "5x16x24@8", "MiB", "FLOPs a step"))
 
 
 def test_bfloat16_trains_with_float32_parameters(records):

@@ -60,8 +60,8 @@ class Size:
 
 
 SIZES = {
-  "tiny": Size(layers=4, width=96, heads=4, mlp=256, channels=48, given=49, text_width=64, text_tokens=24),
-  "toons": Size(layers=6, width=192, heads=4, mlp=512, channels=48, given=49, text_width=64, text_tokens=24),
+  "tiny": Size(layers=4, width=96, heads=4, mlp=256, channels=12, given=13, text_width=64, text_tokens=24),
+  "toons": Size(layers=6, width=192, heads=4, mlp=512, channels=12, given=13, text_width=64, text_tokens=24),
   "wan21_t2v_1p3b": Size(layers=30, width=1536, heads=12, mlp=8960),
   "wan21_t2v_14b": Size(layers=40, width=5120, heads=40, mlp=13824),
   "wan21_i2v_14b": Size(layers=40, width=5120, heads=40, mlp=13824, given=20, image_width=1280),
