@@ -232,9 +232,11 @@ def test_without_room_nothing_is_written_and_the_line_names_path_and_bytes(tmp_p
   need = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(states[0])) + orbax.ROOM
   assert said == [f"the checkpoint of step 8 was not written: {tmp_path} has 1,234 bytes free and it needs up to "
                   f"{need:,}: free some space; earlier checkpoints are untouched."]
-  with pytest.raises(BadInput, match="step 8 was not written"):
+  checkpoints.save(12, on(toy.mesh_of(8), states[0]), LOADER, CONFIG)
+  assert len(said) == 2 and "step 12" in said[1]  # each told once
+  with pytest.raises(BadInput, match="step 12 was not written"):
     checkpoints.wait()
-  checkpoints.wait()  # told once
+  checkpoints.wait()
   assert checkpoints.steps() == [4]
 
 
