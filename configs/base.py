@@ -28,6 +28,7 @@ def get_config() -> ConfigDict:
     "name": "pixels",         # pixels moved into channels, no weights
     "spatial": 2,             # pixels a side of a latent cell
     "temporal": 1,            # pixel frames of a latent frame
+    "scale": 1.0,             # latents are pixels times this; above 1 the network speaks more of pictures than of noise
   })
   config.data = ConfigDict({
     "records": "",            # folders written by data/pack.py, or tfds:NAME: "A" or "A=0.7,tfds:B=0.3"

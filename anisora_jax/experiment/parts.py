@@ -26,7 +26,7 @@ from anisora_jax.parallel import placement
 from anisora_jax.tasks.masks import Mixture
 from anisora_jax.training import optimizer, step
 
-CODECS = {"pixels": Pixels}  # name in configs -> codec made from `spatial` and `temporal`
+CODECS = {"pixels": Pixels}  # name in configs -> codec
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
 
@@ -66,7 +66,8 @@ def assemble(config: ConfigDict, count: int | None = None) -> Parts:
   """Makes the parts. count: devices to use, all by default. Raises BadInput for whatever cannot work."""
   mesh = meshes.build(config.mesh.to_dict(), count)
   size = pick(SIZES, config.model.size, "model size")
-  made = pick(CODECS, config.codec.name, "codec")(spatial=config.codec.spatial, temporal=config.codec.temporal)
+  codec_settings = {name: value for name, value in config.codec.items() if name != "name"}
+  made = pick(CODECS, config.codec.name, "codec")(**codec_settings)
   told = made.temporal + made.channels
   if size.channels != made.channels or size.given not in (0, told):
     raise BadInput(f"model size {config.model.size!r} takes latents of {size.channels} channels and {size.given} for "
