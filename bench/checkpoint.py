@@ -18,11 +18,11 @@ from absl import flags
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from anisora_jax import entry  # noqa: E402
-from anisora_jax.checkpoints.orbax import Checkpoints  # noqa: E402
-from anisora_jax.experiment import parts, train  # noqa: E402
-from anisora_jax.training import optimizer  # noqa: E402
-from configs import tiny  # noqa: E402
+from anisora_jax import entry
+from anisora_jax.checkpoints.orbax import Checkpoints
+from anisora_jax.experiment import parts, train
+from anisora_jax.training import optimizer
+from configs import tiny
 
 STEPS = flags.DEFINE_integer("steps", 24, "Steps to time.", lower_bound=8)
 EVERY = flags.DEFINE_integer("every", 4, "Steps between checkpoints.", lower_bound=1)

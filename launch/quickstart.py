@@ -73,8 +73,8 @@ def check_resume(measures: Path) -> None:
   equal = [all(before[step][name] == after[step][name] for name in ("loss", "grad_norm", "records")) for step in twice]
   if not (twice and all(equal)):
     sys.exit(f"the resumed run is not the killed one: steps {twice} were done twice, equal: {equal}")
-  print(f"\nresumed exactly: steps {twice[0]} to {twice[-1]} were done twice, with the same records, losses and gradient "
-        "norms to the last bit.")
+  print(f"\nresumed exactly: steps {twice[0]} to {twice[-1]} were done twice, with the same records, losses and "
+        "gradient norms to the last bit.")
 
 
 def main(_: list[str]) -> None:

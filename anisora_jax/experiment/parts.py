@@ -129,12 +129,12 @@ def loader(parts: Parts, config: ConfigDict, split: str, buckets: tuple[Bucket, 
   if not config.data.records:
     raise BadInput("no records to read: give --config.data.records=FOLDER, made by data/pack.py from films.")
   return mixture.Batches(config.data.records, buckets or parts.buckets, split=split, fps=config.data.fps,
-                         seed=config.seed, shard=meshes.hosts(), threads=config.data.threads)
+                         seed=config.seed, shard=meshes.hosts(parts.mesh), threads=config.data.threads)
 
 
 def to_devices(parts: Parts, batch: dict) -> dict[str, jax.Array]:
   """A host's batch, captions as text tokens, on the mesh."""
   host = {name: batch[name] for name in ("frames", "character", "ok")}
   host["text"] = parts.words(batch["caption"])
-  host["stop"] = batch.get("stop", np.zeros(len(batch["ok"]), np.int32))
-  return meshes.to_devices(parts.mesh, host)
+  stop = meshes.tell_all(parts.mesh, int(np.max(batch.get("stop", 0))))
+  return {**meshes.to_devices(parts.mesh, host), "stop": stop}

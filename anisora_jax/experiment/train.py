@@ -31,8 +31,10 @@ def abstract_batch(parts: Parts, bucket: Bucket) -> dict[str, jax.ShapeDtypeStru
   split = jax.sharding.NamedSharding(parts.mesh, jax.P(meshes.BATCH))
   shapes = {"frames": ((b, f, height, width, 3), np.uint8), "character": ((b, f, height, width), np.bool_),
             "text": ((b, parts.words.tokens, parts.words.width), np.float32),
-            "ok": ((b,), np.float32), "stop": ((b,), np.int32)}
-  return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=split) for name, (shape, dtype) in shapes.items()}
+            "ok": ((b,), np.float32)}
+  everywhere = jax.sharding.NamedSharding(parts.mesh, jax.P(parts.mesh.axis_names))
+  return {**{name: jax.ShapeDtypeStruct(shape, dtype, sharding=split) for name, (shape, dtype) in shapes.items()},
+          "stop": jax.ShapeDtypeStruct((parts.mesh.size,), np.int32, sharding=everywhere)}
 
 
 def _state(parts: Parts, chain, x) -> state.TrainState:
@@ -75,6 +77,7 @@ def held_out_loss(parts: Parts, config: ConfigDict) -> Callable[[state.TrainStat
 
 def train(config: ConfigDict, folder: Path, say: Callable[[str], None] = print) -> None:
   """Trains, or goes on with the run that `folder` holds. Returns when the last step or a signal ended it, all saved."""
+  say = say if meshes.leads() else lambda line: None
   with Stop() as stop, workdir.lock(folder, say):
     parts = assemble(config)
     batches = loader(parts, config, "train")

@@ -64,8 +64,15 @@ def leads() -> bool:
   return jax.process_index() == 0
 
 
-def hosts() -> tuple[int, int]:
-  """(number of this host, count of hosts): which share of every batch it loads."""
+def hosts(mesh: Mesh) -> tuple[int, int]:
+  """(number of this host, count of hosts): which share of every batch it loads.
+
+  Raises BadInput where seq or tensor reach over hosts: two hosts would have to read the same clips.
+  """
+  shards = mesh.devices.reshape(batch_shards(mesh), -1)
+  if any(len({device.process_index for device in shard}) > 1 for shard in shards):
+    raise BadInput(f"mesh {describe(mesh)}: seq x tensor reach over hosts; make data x fsdp a multiple of the "
+                   f"{jax.process_count()} hosts.")
   return jax.process_index(), jax.process_count()
 
 
@@ -73,3 +80,12 @@ def to_devices(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Arr
   """Joins every host's share `[b/hosts, ...]` to global arrays `[b, ...]` split over data x fsdp."""
   split = NamedSharding(mesh, P(BATCH))
   return {name: jax.make_array_from_process_local_data(split, part) for name, part in batch.items()}
+
+
+def tell_all(mesh: Mesh, flag: int) -> jax.Array:
+  """One number of each host, on each of its devices: the maximum inside a step is the same on every host.
+
+  Split over all axes: a copy that several hosts share would be taken for equal without looking.
+  """
+  split = NamedSharding(mesh, P(mesh.axis_names))
+  return jax.make_array_from_process_local_data(split, np.full(len(mesh.local_devices), flag, np.int32), (mesh.size,))
