@@ -146,6 +146,18 @@ def test_velocity_equals_the_witness(case):
   assert apart(ours, judge(model, size, **inputs).detach()) < CLOSE
 
 
+def test_norms_of_faint_tokens_equal_the_witness():
+  """Numbers of about 1e-3 make every norm feel the small term under its root, 1e-6 or, for image tokens, 1e-5."""
+  model, inputs = randomised(IMAGE), condition(*CASES["given and image"])
+  with torch.no_grad():
+    for name, p in model.named_parameters():
+      if re.search(r"patch_embedding|to_q|to_k|add_k|to_out|image_embedder.ff.net.2|norm2.bias", name):
+        p.mul_(1e-3)
+  inputs["image"] *= 1e-3
+  ours = velocity(network(IMAGE))(params_of(model, IMAGE), inputs)
+  assert apart(ours, judge(model, IMAGE, **inputs).detach()) < CLOSE
+
+
 def test_every_gradient_equals_the_witness(text_model, text_steps):
   image_model = randomised(IMAGE)
   image_case = image_model, params_of(image_model, IMAGE), condition(*CASES["given and image"])
