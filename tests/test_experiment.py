@@ -21,6 +21,7 @@ from anisora_jax import errors
 from anisora_jax.checkpoints.orbax import Checkpoints
 from anisora_jax.errors import BadInput
 from anisora_jax.experiment import parts, sample, train
+from anisora_jax.models.pixels import Pixels
 from anisora_jax.sampling.request import Request, lay_out, parse_keyframes
 from anisora_jax.training import optimizer
 from configs import base, tiny
@@ -56,7 +57,8 @@ def start(records, environment):
   def command(folder: Path, *more: str, mesh=MESH) -> subprocess.Popen:
     words = [sys.executable, "-m", "anisora_jax.train", "--config=configs/tiny.py", f"--workdir={folder}",
              f"--config.data.records={records}", "--config.data.buckets=5x16x24@8", "--config.train.steps=6",
-             "--config.train.checkpoint=3", "--config.train.report=1", "--config.train.held_out=0", *mesh, *more]
+             "--config.train.checkpoint=3", "--config.train.report=1", "--config.train.held_out=0",
+             "--config.optimizer.warmup=2", *mesh, *more]
     return subprocess.Popen(words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
   return command
@@ -203,13 +205,13 @@ def test_every_field_of_the_base_config_is_read_by_the_assembly():
   source = "".join((ROOT / "anisora_jax" / "experiment" / name).read_text() for name in
                    ("parts.py", "train.py", "sample.py"))
   config, missing = base.get_config(), []
+  made = {"optimizer": optimizer.Optimizer, "codec": Pixels}
   whole = {"mesh", "tasks", "times"}  # read as a whole: their fields are checked by the parts that take them
   for section, fields in config.items():
     if not isinstance(fields, ConfigDict):
       missing += [] if f"config.{section}" in source else [section]
-    elif section == "optimizer":
-      known = set(optimizer.Optimizer.__dataclass_fields__) | {"ema"}
-      missing += sorted(set(fields) - known)
+    elif section in made:
+      missing += sorted(set(fields) - set(made[section].__dataclass_fields__) - {"ema", "name"})
     elif section in whole:
       assert f"config.{section}.to_dict()" in source
     else:
@@ -308,13 +310,14 @@ def test_wrong_flags_are_one_line_with_the_nearest_name(words, said, environment
   assert said in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 
-def test_help_explains_and_a_dry_run_says_what_a_step_takes(records, capsys, environment):
-  said = subprocess.run([sys.executable, "-m", "anisora_jax.train", "--help"], cwd=ROOT, env=environment,
-                        capture_output=True, text=True, check=True).stdout
-  assert all(word in said for word in ("--config", "--workdir", "--dry_run", "configs/base.py"))
-  train.dry_run(settings(records, data__buckets="5x16x24@8"))
-  said = capsys.readouterr().out
-  assert all(word in said for word in ("fsdp 8", "620,560", "5x16x24@8", "MiB", "FLOPs a step"))
+def test_help_explains_and_a_dry_run_says_what_a_step_takes(environment):
+  def said(*words: str) -> str:
+    return subprocess.run([sys.executable, "-m", "anisora_jax.train", *words], cwd=ROOT, env=environment,
+                          capture_output=True, text=True, check=True).stdout
+
+  assert all(word in said("--help") for word in ("--config", "--workdir", "--dry_run", "configs/base.py"))
+  account = said("--config=configs/tiny.py", "--config.data.buckets=5x16x24@8", "--dry_run", *MESH)
+  assert all(word in account for word in ("seq 2", "620,560", "5x16x24@8", "MiB", "FLOPs a step"))
 
 
 def test_bfloat16_trains_with_float32_parameters(records):
