@@ -11,6 +11,9 @@ from configs import base
 def get_config() -> ConfigDict:
   config = base.get_config()
   config.model.size = "tiny"
+  config.codec.scale = 4.0
+  config.times.shift = 4.0
+  config.sample.shift = 4.0
   config.data.buckets = "9x24x36@16"
   config.train.steps = 120
   config.train.held_out = 30
