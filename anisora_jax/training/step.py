@@ -124,7 +124,7 @@ def make_step(method: Method, optimizer: optax.GradientTransformation,
     batch, stop = dict(batch), batch["stop"].max()
     del batch["stop"]
     grads, loss = gradients(method, state.params, batch, state.step)
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
     def update(state: TrainState) -> TrainState:
