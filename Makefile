@@ -1,5 +1,6 @@
 # `make` alone lists the targets. Each makes .venv and installs what it needs.
-PYTHON ?= $(shell command -v python3.12 || command -v python3.11 || command -v python3)
+# The first that runs: a version manager may have names for Pythons that are not there.
+PYTHON ?= $(shell for p in python3.12 python3.11 python3; do $$p -c '' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 OUT ?= out/quickstart
 
