@@ -44,7 +44,7 @@ def get_config() -> ConfigDict:
     "loop": 0.02,             # the same mask; one image at both ends when sampling
     "keyframes": 0.15,        # one to five frames anywhere
     "every_nth": 0.05,        # repair between good frames
-    "continuation": 0.1,      # the first frames, up to half of the clip
+    "continuation": 0.1,      # the first frames, two to half of the clip
     "box": 0.05,              # regions, kept or regenerated, with the first frame
     "blob": 0.03,
     "character": 0.07,        # the tracked character, where records have one

@@ -102,11 +102,11 @@ def test_every_nth_frame_from_the_first_with_n_from_two_to_eight(stride):
 
 
 @STRIDE
-def test_a_continuation_gives_one_to_half_of_the_latent_frames(stride):
+def test_a_continuation_gives_two_to_half_of_the_latent_frames(stride):
   given = drawn(stride)["continuation"]
   lengths = frames_of(given).sum(1)
   assert all(row[:length].all() for row, length in zip(given, lengths, strict=True))
-  assert set(lengths) == set(range(1, FRAMES // 2 + 1, stride))
+  assert set(lengths) == set(range(1 + stride, FRAMES // 2 + 1, stride))
   packed = np.asarray(conditions.pack(jnp.asarray(given[:8]), stride))
   assert set(np.unique(packed.mean((2, 3, 4)))) == {0, 1}  # latent frames are given whole
 

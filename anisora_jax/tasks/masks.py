@@ -75,9 +75,9 @@ def every_nth(key: Key[Array, ""], scene: Scene) -> SampleMask:
 
 
 def continuation(key: Key[Array, ""], scene: Scene) -> SampleMask:
-  """The first frames, up to half of the clip, in whole latent frames."""
-  latent = 1 + (scene.character.shape[0] - 1) // scene.stride
-  known = jax.random.randint(key, (), 1, max(2, latent // 2 + 1))
+  """The first frames, from two to half of the clip, in whole latent frames; one alone would be the task `first`."""
+  half = max(1, (1 + (scene.character.shape[0] - 1) // scene.stride) // 2)
+  known = jax.random.randint(key, (), min(2, half), half + 1)
   return of_frames(_numbers(scene) <= (known - 1) * scene.stride, scene)
 
 
