@@ -12,7 +12,7 @@ over the cross-fade on these clips, so the goal asks for motion and not for a tr
 Why so: patches of 4 pixels, since patches of 8 leave the width no room for what attention fetches; latents times 4, so
 that the network speaks of pictures; times shifted as much toward noise, where motion is decided.
 
-Record: RECORD
+Record: none yet; a full run is still to be made and measured here.
 """
 
 from ml_collections import ConfigDict
