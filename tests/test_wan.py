@@ -300,8 +300,8 @@ def test_rematerialisation_changes_no_gradient(text_model, text_steps):
 
 
 def test_attention_is_computed_once_unless_all_is_computed_twice(text_steps):
-  """Exponentials of all logits, [b, a, l, l]: forward, in the backward pass, and when forward is done again."""
-  weights = re.compile(r"= f32\[2,2,45,45\]\S* exponential\(")
+  """Exponentials of all logits, [b a, l, l]: forward, in the backward pass, and when forward is done again."""
+  weights = re.compile(r"= f32\[4,45,45\]\S* exponential\(")
   count = {name: len(weights.findall(text_steps[name].as_text())) for name in REMAT}
   assert count == {"none": 2, "attention": 2, "matmuls": 3, "full": 3}
 

@@ -8,6 +8,8 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange, repeat
+from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
@@ -17,46 +19,73 @@ from anisora_jax.parallel.mesh import BATCH
 from anisora_jax.parallel.ring import SAVED, Ids, Kernel, Keys, LogSum, Queries, ring
 from anisora_jax.shapes import Heads, Segments
 
+# How many logits the dense kernel makes at once: on a CPU what its caches hold, else 1 GiB.
+LOGITS = {"cpu": 2**20}
+LOGITS_ELSEWHERE = 2**28
 NOTHING = -1e30  # a logit that no softmax sees; finite, so that two empty blocks merge without nan
 
 
-def _seen(ids: Ids):
-  """[b, 1, l, s]: which query may see which key; None: all."""
+def _by_head(work: Callable, ids: Ids, *arrays: Array) -> tuple[Array, ...]:
+  """Maps `work` over the heads of all clips: as many at once as LOGITS allows, at least one.
+
+  arrays: [b, l, a, k], which work sees as [l, k], or [b, a, l], seen as [l]; last it gets the ids of its clip. What it
+  returns comes back in the same two forms.
+  """
+  (b, l, a, _), s = arrays[0].shape, arrays[1].shape[1]
+  apart = [rearrange(x, "b l a k -> (b a) l k" if x.ndim == 4 else "b a l -> (b a) l") for x in arrays]
+  apart.append(jax.tree.map(lambda x: repeat(x, "b l -> (b a) l", a=a), ids))
+  most = LOGITS.get(jax.default_backend(), LOGITS_ELSEWHERE) // (l * s)
+  group = max(size for size in range(1, b * a + 1) if b * a % size == 0 and size <= max(1, most))
+  if group == b * a:  # a loop of one turn would only hide the work from the compiler
+    done = jax.vmap(work)(*apart)
+  else:
+    done = lax.map(lambda heads: work(*heads), tuple(apart), batch_size=group)
+  return tuple(rearrange(x, "(b a) l k -> b l a k" if x.ndim == 3 else "(b a) l -> b a l", b=b) for x in done)
+
+
+def _seen(ids: tuple[Array, Array] | None):
+  """[l, s]: which query may see which key; None: all."""
   if ids is None:
     return None
-  queries, keys = ids[0][:, :, None], ids[1][:, None]
-  return ((queries == keys) & (keys >= 0))[:, None]
+  queries, keys = ids[0][:, None], ids[1][None]
+  return (queries == keys) & (keys >= 0)
 
 
-def _logits(q: Queries, k: Keys, seen) -> Float[Array, "b a l s"]:
-  logits = jnp.einsum("blak,bsak->bals", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+def _logits(q: Float[Array, "l k"], k: Float[Array, "s k"], seen) -> Float[Array, "l s"]:
+  logits = jnp.einsum("lk,sk->ls", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
   return logits if seen is None else jnp.where(seen, logits, NOTHING)
 
 
 def dense_forward(q: Queries, k: Keys, v: Keys, ids: Ids = None):
-  """Softmax attention with every logit in memory, in f32."""
-  seen = _seen(ids)
-  logits = _logits(q, k, seen)
-  top = logits.max(-1, keepdims=True)
-  weights = jnp.exp(logits - top) if seen is None else jnp.where(seen, jnp.exp(logits - top), 0.0)
-  total = weights.sum(-1)
-  o = jnp.einsum("bals,bsak->blak", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-  o = o / jnp.swapaxes(jnp.where(total == 0, 1.0, total), 1, 2)[..., None]
-  return o, jnp.where(total == 0, NOTHING, top[..., 0] + jnp.log(jnp.where(total == 0, 1.0, total)))
+  """Softmax attention with every logit of a head in memory, in f32."""
+  def head(q, k, v, ids):
+    seen = _seen(ids)
+    logits = _logits(q, k, seen)
+    top = logits.max(-1, keepdims=True)
+    weights = jnp.exp(logits - top) if seen is None else jnp.where(seen, jnp.exp(logits - top), 0.0)
+    total = weights.sum(-1)
+    some = jnp.where(total == 0, 1.0, total)
+    o = jnp.einsum("ls,sk->lk", weights.astype(v.dtype), v, preferred_element_type=jnp.float32) / some[:, None]
+    return o, jnp.where(total == 0, NOTHING, top[:, 0] + jnp.log(some))
+
+  return _by_head(head, ids, q, k, v)
 
 
 def dense_backward(q: Queries, k: Keys, v: Keys, ids: Ids, lse: LogSum, delta: LogSum, do: Queries):
   """Gradients of `dense_forward` from the log-sum-exp over all keys, also those of other blocks."""
-  seen = _seen(ids)
-  weights = jnp.exp(_logits(q, k, seen) - lse[..., None])
-  weights = weights if seen is None else jnp.where(seen, weights, 0.0)
   f32 = {"preferred_element_type": jnp.float32}
-  dweights = jnp.einsum("blak,bsak->bals", do, v, **f32)
-  dlogits = (weights * (dweights - delta[..., None])).astype(q.dtype)
-  scale = q.shape[-1] ** -0.5
-  return (jnp.einsum("bals,bsak->blak", dlogits, k, **f32) * scale,
-          jnp.einsum("bals,blak->bsak", dlogits, q, **f32) * scale,
-          jnp.einsum("bals,blak->bsak", weights.astype(do.dtype), do, **f32))
+
+  def head(q, k, v, lse, delta, do, ids):
+    seen = _seen(ids)
+    weights = jnp.exp(_logits(q, k, seen) - lse[:, None])
+    weights = weights if seen is None else jnp.where(seen, weights, 0.0)
+    dweights = jnp.einsum("lk,sk->ls", do, v, **f32)
+    dlogits = (weights * (dweights - delta[:, None])).astype(q.dtype)
+    scale = q.shape[-1] ** -0.5
+    return (jnp.einsum("ls,sk->lk", dlogits, k, **f32) * scale, jnp.einsum("ls,lk->sk", dlogits, q, **f32) * scale,
+            jnp.einsum("ls,lk->sk", weights.astype(do.dtype), do, **f32))
+
+  return _by_head(head, ids, q, k, v, lse, delta, do)
 
 
 DENSE = Kernel(dense_forward, dense_backward)
@@ -141,7 +170,7 @@ def ringed(q: Heads, k: Heads, v: Heads, segments: Segments | None, mesh: Mesh, 
 def to_text(q: Heads, k: Float[Array, "b s a k"], v: Float[Array, "b s a k"], mesh: Mesh, kernel: str) -> Heads:
   """Cross-attention: every video token sees every text token. Text is whole on every shard, so nothing is sent."""
   def flat(q, k, v):
-    k, v = (jax.lax.pcast(x, "seq", to="varying") for x in (k, v))  # their gradients are summed over the shards
+    k, v = (lax.pcast(x, "seq", to="varying") for x in (k, v))  # their gradients are summed over the shards
     return LOCAL[kernel](q.reshape(q.shape[0], -1, *q.shape[-2:]), k, v).reshape(q.shape)
 
   heads, words = P(BATCH, None, "seq", "tensor", None), P(BATCH, None, "tensor", None)
