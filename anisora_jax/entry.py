@@ -5,12 +5,12 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 from absl import flags, logging
 from ml_collections import config_flags
 
 from anisora_jax import errors
 from anisora_jax.errors import BadInput, nearest
+from anisora_jax.parallel import mesh as meshes
 
 CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Config file, for example configs/tiny.py; every field of it is a flag, --config.FIELD=VALUE.")
@@ -70,8 +70,7 @@ def run(main: Callable[[], None], module: str, doc: str) -> None:
   def start() -> None:
     _parse(sys.argv)
     if CPU_DEVICES.value:
-      jax.config.update("jax_platforms", "cpu")
-      jax.config.update("jax_num_cpu_devices", CPU_DEVICES.value)
+      meshes.simulate(CPU_DEVICES.value)
     main()
 
   logging.set_verbosity(logging.ERROR)  # libraries talk to their developers; our users are told by us

@@ -5,7 +5,6 @@ is how long its loader takes for a batch, so that a signal can be sent in betwee
 with DEVICES each, which meet at PORT.
 """
 
-import os
 import sys
 import time
 from contextlib import nullcontext
@@ -13,8 +12,6 @@ from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":
-  os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=" + sys.argv[3]
-  os.environ["JAX_PLATFORMS"] = "cpu"
   sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
   sys.modules["torch"] = None  # tensorboardX loads it where it is installed, and these runs are many
 
@@ -28,6 +25,7 @@ from jax.sharding import PartitionSpec as P
 from anisora_jax import errors
 from anisora_jax.checkpoints import workdir
 from anisora_jax.checkpoints.orbax import Checkpoints
+from anisora_jax.parallel import mesh as meshes
 from anisora_jax.training import loop, optimizer, report, state
 from anisora_jax.training.stop import Stop
 
@@ -125,6 +123,7 @@ def train(folder: Path, steps: int, devices: int, seconds: float) -> None:
 
 def main() -> None:
   folder, steps, devices, seconds, *host = sys.argv[1:]
+  meshes.simulate(int(devices))
   if host:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_preemption_service", False)  # or it would take SIGTERM
