@@ -25,10 +25,10 @@ from absl import flags
 
 from anisora_jax import entry
 from anisora_jax.errors import BadInput
-from anisora_jax.models import codec
+from anisora_jax.models import codec, names
 from anisora_jax.models.pixels import Pixels
-from anisora_jax.models.wan import names
 from anisora_jax.models.wan.dit import REMAT, WanDiT
+from anisora_jax.models.wan.names import entries
 from anisora_jax.models.wan.sizes import SIZES, Size
 from anisora_jax.parallel import mesh
 from anisora_jax.training import report
@@ -98,7 +98,7 @@ def seconds(work: Callable[[], object], steps: int = 4) -> list[float]:
 
 def check(ours: tuple, loss: float, theirs: dict, size: Size) -> None:
   """Stops if the two sides do not compute the same."""
-  true = names.from_torch(theirs, size, "diffusers")
+  true = names.from_torch(theirs, entries(size, "diffusers"))
   apart = jax.tree.map(lambda a, b: float(abs(a - b).max() / abs(b).max()), ours[1], true)
   worst = max(abs(float(ours[0]) / loss - 1), *jax.tree.leaves(apart))
   if worst > 1e-3:
@@ -117,7 +117,7 @@ def against_diffusers(size: Size, batch: int, clip: tuple[int, int, int], times:
   step = gradient(net).lower(params, given).compile()
   ready = time.perf_counter() - start
   placed = jax.device_put(given)
-  model = witness.model(size, names.to_torch(params, size, "diffusers"))
+  model = witness.model(size, names.to_torch(params, entries(size, "diffusers")))
   works = {"ours": lambda: jax.block_until_ready(step(params, placed)),
            "diffusers": witness.gradient(model, size, given, compiled=False)}
   loss = works["diffusers"]()

@@ -14,9 +14,9 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 from quick import QUICK
 
 from anisora_jax.errors import BadInput
-from anisora_jax.models import rope
-from anisora_jax.models.wan import names
+from anisora_jax.models import names, rope
 from anisora_jax.models.wan.dit import REMAT, WanDiT
+from anisora_jax.models.wan.names import NAMINGS, entries
 from anisora_jax.models.wan.sizes import SIZES, Size
 from anisora_jax.parallel import mesh
 
@@ -61,7 +61,7 @@ def randomised(size: Size) -> WanTransformer3DModel:
 
 def params_of(model: torch.nn.Module, size: Size, grads=False) -> dict:
   return names.from_torch({name: (p.grad if grads else p).detach().numpy() for name, p in model.named_parameters()},
-                          size, "diffusers")
+                          entries(size, "diffusers"))
 
 
 def condition(size: Size, clip: tuple, s: int, i: int) -> dict:
@@ -214,21 +214,21 @@ def test_parameters_are_counted_exactly_and_as_published(name):
   size = SIZES[name]
   count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes(size)))
   assert (size.parameters(), count) == (count, PUBLISHED.get(name, (count,))[0])
-  assert name not in PUBLISHED or len(names.table(size, "native")) == PUBLISHED[name][1]
+  assert name not in PUBLISHED or len(names.table(entries(size, "native"))) == PUBLISHED[name][1]
 
 
 @pytest.mark.parametrize("name", ["wan21_t2v_1p3b", "wan21_i2v_14b", "wan22_i2v_a14b"])
 def test_names_and_shapes_are_those_of_the_published_models(name):
   with torch.device("meta"):
     theirs = {key: tuple(p.shape) for key, p in witness(SIZES[name]).state_dict().items()}
-  assert names.table(SIZES[name], "diffusers") == theirs
+  assert names.table(entries(SIZES[name], "diffusers")) == theirs
 
 
 @pytest.mark.parametrize("size", [GIVEN, IMAGE], ids=["given", "image"])
 def test_native_names_become_diffusers_names_by_diffusers_own_conversion(size):
-  tensors = names.from_torch(randomised_tensors(size), size, "diffusers")
-  native = {name: torch.from_numpy(x) for name, x in names.to_torch(tensors, size, "native").items()}
-  converted, ours = convert_wan_transformer_to_diffusers(native), names.to_torch(tensors, size, "diffusers")
+  tensors = names.from_torch(randomised_tensors(size), entries(size, "diffusers"))
+  native = {name: torch.from_numpy(x) for name, x in names.to_torch(tensors, entries(size, "native")).items()}
+  converted, ours = convert_wan_transformer_to_diffusers(native), names.to_torch(tensors, entries(size, "diffusers"))
   assert set(converted) == set(ours)
   assert all((converted[name].numpy() == ours[name]).all() for name in ours)
 
@@ -237,16 +237,17 @@ def randomised_tensors(size: Size) -> dict[str, np.ndarray]:
   return {name: p.detach().numpy() for name, p in randomised(size).named_parameters()}
 
 
-@pytest.mark.parametrize("naming", names.NAMINGS)
+@pytest.mark.parametrize("naming", NAMINGS)
 def test_names_there_and_back_change_no_bit(naming):
-  params = names.from_torch(randomised_tensors(IMAGE), IMAGE, "diffusers")
-  back = names.from_torch(names.to_torch(params, IMAGE, naming), IMAGE, naming)
+  params = names.from_torch(randomised_tensors(IMAGE), entries(IMAGE, "diffusers"))
+  back = names.from_torch(names.to_torch(params, entries(IMAGE, naming)), entries(IMAGE, naming))
   assert jax.tree.map(np.shape, params) == jax.tree.map(lambda leaf: leaf.shape, shapes(IMAGE))
   assert jax.tree.all(jax.tree.map(lambda a, b: a.dtype == np.float32 and (a == b).all(), params, back))
 
 
 def test_leftovers_gaps_and_wrong_shapes_are_refused_by_name():
-  tensors = names.to_torch(names.from_torch(randomised_tensors(TEXT), TEXT, "diffusers"), TEXT, "native")
+  params = names.from_torch(randomised_tensors(TEXT), entries(TEXT, "diffusers"))
+  tensors = names.to_torch(params, entries(TEXT, "native"))
   gap = {name: x for name, x in tensors.items() if name != "blocks.1.norm3.bias"}
   for wrong, naming, words in [
     (tensors | {"blocks.1.ffn.0.wieght": np.zeros(3)}, "native", r"blocks.1.ffn.0.wieght; .*blocks.1.ffn.0.weight"),
@@ -256,13 +257,12 @@ def test_leftovers_gaps_and_wrong_shapes_are_refused_by_name():
     (tensors, "natvie", "did you mean 'native'"),
   ]:
     with pytest.raises(BadInput, match=words) as mistake:
-      names.from_torch(wrong, TEXT, naming)
+      names.from_torch(wrong, entries(TEXT, naming))
     assert "\n" not in str(mistake.value)
-  params = names.from_torch(tensors, TEXT, "native")
   with pytest.raises(BadInput, match="tail; the nearest"):
-    names.to_torch(params | {"tail": np.zeros(3)}, TEXT, "native")
+    names.to_torch(params | {"tail": np.zeros(3)}, entries(TEXT, "native"))
   with pytest.raises(BadInput, match=r"blocks/modulation has shape \(2, 6, 48\) .* wants \(3, 6, 48\)"):
-    names.to_torch(params, replace(TEXT, layers=3), "native")
+    names.to_torch(params, entries(replace(TEXT, layers=3), "native"))
 
 
 def test_rope_turns_complex_numbers():
