@@ -66,8 +66,9 @@ def get_config() -> ConfigDict:
   config.optimizer = ConfigDict({
     "rate": 1e-3,             # peak learning rate; 1e-5 to fine-tune a large model
     "warmup": 50,             # steps
-    "schedule": "cosine",     # after the warm-up: constant or cosine
-    "final": 0.05,            # share of the peak where the cosine ends
+    "schedule": "cosine",     # after the warm-up: constant, cosine, or wsd: constant, then linearly down
+    "final": 0.05,            # share of the peak where cosine and wsd end
+    "cooldown": 0.2,          # last share of the steps, in which wsd goes down
     "b1": 0.9,
     "b2": 0.95,
     "eps": 1e-8,

@@ -35,7 +35,7 @@ def get_config() -> ConfigDict:
   config.tasks.keyframes = 0.1
   config.optimizer.rate = 1e-3
   config.optimizer.warmup = 100
-  config.optimizer.schedule = "constant"
+  config.optimizer.schedule = "wsd"
   config.optimizer.ema = 0.998
   config.train.steps = 6000
   config.train.report = 20

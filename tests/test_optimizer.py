@@ -24,7 +24,7 @@ def draw(seed, scale=1.0):
 
 
 @pytest.mark.parametrize("clip", [1.0, 6.0, math.inf])
-@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+@pytest.mark.parametrize("schedule", optimizer.SCHEDULES)
 def test_twenty_steps_equal_torch_adamw(clip, schedule):
   options = Optimizer(rate=3e-3, warmup=4, steps=20, schedule=schedule, final=0.1, decay=0.3, clip=clip)
   params = draw(0, scale=0.1)  # as weights are
@@ -56,11 +56,13 @@ def test_twenty_steps_equal_torch_adamw(clip, schedule):
 def test_rates_are_their_closed_forms():
   cosine = optimizer.rate_of(Optimizer(rate=2e-4, warmup=10, steps=110, schedule="cosine", final=0.1))
   constant = optimizer.rate_of(Optimizer(rate=2e-4, warmup=10))
+  wsd = optimizer.rate_of(Optimizer(rate=2e-4, warmup=10, steps=110, schedule="wsd", final=0.1, cooldown=0.5))
   for n in (0, 3, 9, 10, 35, 60, 109, 110, 500):
     done = min(max((n - 10) / 100, 0), 1)
     warm = 2e-4 * min((n + 1) / 10, 1)
     np.testing.assert_allclose(constant(jnp.int32(n)), warm, rtol=1e-6)
     np.testing.assert_allclose(cosine(n), warm * (0.1 + 0.9 * math.cos(math.pi * done / 2) ** 2), rtol=1e-6)
+    np.testing.assert_allclose(wsd(n), warm * np.interp(n, [55, 110], [1, 0.1]), rtol=1e-6)
   assert float(optimizer.rate_of(Optimizer(rate=1.0))(0)) == 1.0
 
 
@@ -108,6 +110,7 @@ def test_a_new_state_may_be_donated():
   ({"warmup": -1}, "optimizer.warmup is -1: it must be 0 or more"),
   ({"schedule": "cosin"}, "no schedule is named 'cosin': did you mean 'cosine'?"),
   ({"schedule": "cosine", "warmup": 10, "steps": 10}, "optimizer.warmup is 10 of 10 steps"),
+  ({"schedule": "wsd", "cooldown": 0.0}, "optimizer.cooldown is 0.0: it must be above 0, at most 1"),
   ({"b2": 1.0}, "optimizer.b2 is 1.0"),
   ({"clip": 0.0}, "optimizer.clip is 0.0"),
   ({"decay": -1.0}, "optimizer.decay is -1.0"),

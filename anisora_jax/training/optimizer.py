@@ -24,10 +24,11 @@ Rate = Callable[[Count], Float[Array, ""]]  # -> learning rate of this one
 
 @dataclass(frozen=True)
 class Optimizer:
-  """rate: the peak. warmup: updates until it is reached. steps: where a cosine ends, at `final` times the peak.
+  """rate: the peak. warmup: updates until it is reached. steps: where cosine and wsd end, at `final` times the peak.
 
-  decay: off biases, norms and modulation. clip: the largest global norm of the trainable gradients. frozen: a regular
-  expression searched in parameter paths ("text/", "blocks/attention/q/kernel"); "" freezes nothing.
+  cooldown: the last share of the steps, in which wsd goes down. decay: off biases, norms and modulation. clip: the
+  largest global norm of the trainable gradients. frozen: a regular expression searched in parameter paths ("text/",
+  "blocks/attention/q/kernel"); "" freezes nothing.
   """
 
   rate: float = 1e-4
@@ -35,6 +36,7 @@ class Optimizer:
   steps: int = 1
   schedule: str = "constant"
   final: float = 0.0
+  cooldown: float = 0.2
   b1: float = 0.9
   b2: float = 0.95
   eps: float = 1e-8
@@ -46,6 +48,7 @@ class Optimizer:
     pick(SCHEDULES, self.schedule, "schedule")
     rules = {"rate": (0 < self.rate < math.inf, "above 0"), "warmup": (self.warmup >= 0, "0 or more"),
              "steps": (self.steps >= 1, "1 or more"), "final": (0 <= self.final <= 1, "0 .. 1"),
+             "cooldown": (0 < self.cooldown <= 1, "above 0, at most 1"),
              "b1": (0 <= self.b1 < 1, "0 or more and below 1"), "b2": (0 <= self.b2 < 1, "0 or more and below 1"),
              "eps": (0 < self.eps < math.inf, "above 0"), "decay": (0 <= self.decay < math.inf, "0 or more"),
              "clip": (self.clip > 0, "above 0 (inf never clips)")}
@@ -67,6 +70,12 @@ def constant(options: Optimizer, n: Count) -> Float[Array, ""]:
 def cosine(options: Optimizer, n: Count) -> Float[Array, ""]:
   done = jnp.clip((n - options.warmup) / (options.steps - options.warmup), 0, 1)
   return options.rate * (options.final + (1 - options.final) * (1 + jnp.cos(jnp.pi * done)) / 2)
+
+
+def wsd(options: Optimizer, n: Count) -> Float[Array, ""]:
+  """Warm-up, stable, decay (Hu et al. 2024, arXiv:2404.06395): the peak, then linearly down over the cooldown."""
+  done = jnp.clip((n / options.steps - 1) / options.cooldown + 1, 0, 1)
+  return options.rate * (1 - (1 - options.final) * done)
 
 
 def rate_of(options: Optimizer) -> Rate:
@@ -116,4 +125,4 @@ def ema(average: PyTree, params: PyTree, n: Count, limit: float = 0.9999) -> PyT
   return jax.tree.map(lambda a, p: (a + (1 - decay) * (p - a)).astype(a.dtype), average, params)
 
 
-SCHEDULES = {"constant": constant, "cosine": cosine}  # name in configs -> share of the peak at an update
+SCHEDULES = {"constant": constant, "cosine": cosine, "wsd": wsd}  # name in configs -> share of the peak at an update
