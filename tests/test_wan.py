@@ -23,11 +23,13 @@ from anisora_jax.parallel import mesh
 TEXT = Size(layers=2, width=48, heads=2, mlp=80, channels=4, text_width=20, text_tokens=11)
 GIVEN = replace(TEXT, channels=16, given=20)                     # Wan 2.2 image-to-video: 36 channels in
 IMAGE = replace(GIVEN, image_width=28, text_tokens=512)          # Wan 2.1's; diffusers cuts image from text at 512
+POSITIONS = replace(IMAGE, image_positions=6)                    # first and last frame: positions of image tokens
 CASES = {  # size, clip [b, f, h, w], text tokens given, image tokens
   "text": (TEXT, (2, 3, 6, 10), 7, 0),
   "one frame, whole text": (TEXT, (1, 1, 2, 6), 11, 0),
   "given": (GIVEN, (2, 2, 10, 6), 0, 0),
   "given and image": (IMAGE, (2, 3, 6, 2), 9, 5),
+  "given and image with positions": (POSITIONS, (2, 3, 6, 2), 9, 6),
 }
 # Elements and gradients that add tens of terms in another order differ by some f32 roundings of their largest.
 CLOSE = 1e-5
@@ -44,7 +46,7 @@ def witness(size: Size) -> WanTransformer3DModel:
   return WanTransformer3DModel(
     num_attention_heads=size.heads, attention_head_dim=size.head_width, in_channels=size.channels + size.given,
     out_channels=size.channels, text_dim=size.text_width, freq_dim=size.waves, ffn_dim=size.mlp,
-    num_layers=size.layers, image_dim=size.image_width or None,
+    num_layers=size.layers, image_dim=size.image_width or None, pos_embed_seq_len=size.image_positions or None,
     added_kv_proj_dim=size.width if size.image_width else None)
 
 
@@ -84,6 +86,8 @@ def judge(model, size: Size, x, t, text, given=None, image=None) -> torch.Tensor
   n = x.shape[2] * x.shape[3] // size.patch**2
   t = np.float32(1000) * t
   t = t[:, 0] if t.shape[1] == 1 else np.repeat(t, n, axis=1)
+  if size.image_positions:  # the witness takes the tokens of both frames as two of the batch
+    image = image.reshape(2 * image.shape[0], -1, image.shape[2])
   v = model(torch.from_numpy(np.moveaxis(seen, -1, 1)), torch.from_numpy(t), torch.from_numpy(text),
             None if image is None else torch.from_numpy(image)).sample
   return torch.movedim(v, 1, -1)
@@ -99,7 +103,7 @@ def shapes(size: Size) -> dict:
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
   given = array(1, 1, 2, 2, size.given) if size.given else None
-  image = array(1, 3, size.image_width) if size.image_width else None
+  image = array(1, size.image_positions or 3, size.image_width) if size.image_width else None
   return jax.eval_shape(network(size).init, jax.random.key(0), array(1, 1, 2, 2, size.channels), array(1, 1),
                         array(1, 1, size.text_width), given, image)["params"]
 
@@ -200,8 +204,9 @@ def test_text_padding_is_zeros_that_take_part(text_model, forward):
 
 PUBLISHED = {  # parameters, tensors
   "wan21_t2v_1p3b": (1_418_996_800, 825), "wan21_t2v_14b": (14_288_491_584, 1095),
-  "wan21_i2v_14b": (16_394_878_784, 1303), "wan22_i2v_a14b": (14_288_901_184, 1095),
-  "wan22_ti2v_5b": (4_999_787_712, 825),
+  "wan21_i2v_1p3b": (1_564_428_608, 983), "wan21_i2v_14b": (16_394_878_784, 1303),
+  "wan21_flf2v_14b": (16_395_536_704, 1304), "wan22_t2v_a14b": (14_288_491_584, 1095),
+  "wan22_i2v_a14b": (14_288_901_184, 1095), "wan22_ti2v_5b": (4_999_787_712, 825),
 }
 
 
@@ -217,7 +222,7 @@ def test_parameters_are_counted_exactly_and_as_published(name):
   assert name not in PUBLISHED or len(names.table(entries(size, "native"))) == PUBLISHED[name][1]
 
 
-@pytest.mark.parametrize("name", ["wan21_t2v_1p3b", "wan21_i2v_14b", "wan22_i2v_a14b"])
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_names_and_shapes_are_those_of_the_published_models(name):
   with torch.device("meta"):
     theirs = {key: tuple(p.shape) for key, p in witness(SIZES[name]).state_dict().items()}
@@ -263,6 +268,12 @@ def test_leftovers_gaps_and_wrong_shapes_are_refused_by_name():
     names.to_torch(params | {"tail": np.zeros(3)}, entries(TEXT, "native"))
   with pytest.raises(BadInput, match=r"blocks/modulation has shape \(2, 6, 48\) .* wants \(3, 6, 48\)"):
     names.to_torch(params, entries(replace(TEXT, layers=3), "native"))
+
+
+def test_image_tokens_must_be_as_many_as_their_positions():
+  inputs = condition(POSITIONS, (1, 1, 2, 2), 0, 5)
+  with pytest.raises(BadInput, match=r"5 image tokens and 6 positions: .* first frame's tokens, then the last"):
+    jax.eval_shape(network(POSITIONS).init, jax.random.key(0), **inputs)
 
 
 def test_rope_turns_complex_numbers():

@@ -119,7 +119,7 @@ def abstract_params(parts: Parts) -> PyTree:
 def init(parts: Parts, x) -> PyTree:
   b, f, h, w, _ = x.shape
   given = jnp.zeros((b, f, h, w, parts.size.given)) if parts.size.given else None
-  image = jnp.zeros((b, 1, parts.size.image_width)) if parts.size.image_width else None
+  image = jnp.zeros((b, parts.size.image_positions or 1, parts.size.image_width)) if parts.size.image_width else None
   text = jnp.zeros((b, parts.size.text_tokens, parts.size.text_width))
   return parts.network.init(keys.key(parts.method.seed, 0, "init"), x, jnp.zeros((b, f)), text, given, image)["params"]
 

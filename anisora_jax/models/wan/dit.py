@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from anisora_jax.errors import BadInput
 from anisora_jax.models import rope
 from anisora_jax.models.attention import PATTERNS, to_text
 from anisora_jax.models.blocks import (
@@ -133,14 +134,23 @@ class Block(nn.Module):
 
 
 class ImageTokens(nn.Module):
-  """Tokens of an image encoder, brought to the transformer's width (Wan 2.1 image-to-video)."""
+  """Tokens of an image encoder, brought to the transformer's width (Wan 2.1 image-to-video).
+
+  positions: how many tokens have a learned position each, which is added first; then there are exactly so many.
+  """
 
   width: int
+  positions: int
   dtype: DTypeLike
   mesh: Mesh
 
   @nn.compact
   def __call__(self, image: Float[Array, "b i y"]) -> Float[Array, "b i d"]:
+    if self.positions:
+      if image.shape[1] != self.positions:
+        raise BadInput(f"{image.shape[1]} image tokens and {self.positions} positions: give the first frame's tokens, "
+                       "then the last frame's.")
+      image = image + self.param("positions", initializers.zeros, (self.positions, image.shape[-1]))
     y = LayerNorm(eps=1e-5, name="norm_in")(image)
     exact = partial(nn.gelu, approximate=False)
     y = MLP(image.shape[-1], self.width, self.dtype, self.mesh, activation=exact, name="mlp")(y)
@@ -203,7 +213,7 @@ class WanDiT(nn.Module):
     text = MLP(size.width, size.width, self.dtype, self.mesh, init=SMALL, name="text")(text)
     text = hold(text, self.mesh, P(BATCH, None, None))
     if image is not None:
-      image = ImageTokens(size.width, self.dtype, self.mesh, name="image")(image)
+      image = ImageTokens(size.width, size.image_positions, self.dtype, self.mesh, name="image")(image)
       image = hold(image, self.mesh, P(BATCH, None, None))
 
     block = nn.remat(Block, policy=REMAT[self.remat], prevent_cse=False)

@@ -14,7 +14,7 @@ from anisora_jax.models.wan.sizes import Size
 NAMINGS = {"native": 1, "diffusers": 2}  # naming -> its column in the table
 
 # ours, native, diffusers, layout, shape of our kernel or vector. d width · m mlp · e text width · y image width ·
-# u waves · i, o numbers of a patch, in and out
+# u waves · i, o numbers of a patch, in and out · j image tokens with positions
 RIM = [
   ("patch_in", "patch_embedding", "patch_embedding", "patch", "i d"),
   ("time_in", "time_embedding.0", "condition_embedder.time_embedder.linear_1", "linear", "u d"),
@@ -50,6 +50,10 @@ IMAGE_RIM = [
   ("image/mlp/down", "img_emb.proj.3", "condition_embedder.image_embedder.ff.net.2", "linear", "y d"),
   ("image/norm_out", "img_emb.proj.4", "condition_embedder.image_embedder.norm2", "norm", "d"),
 ]
+# Only where image tokens have positions (Wan 2.1 first and last frame to video).
+POSITION_RIM = [
+  ("image/positions", "img_emb.emb_pos", "condition_embedder.image_embedder.pos_embed", "modulation", "j y"),
+]
 IMAGE_BLOCK = [
   ("cross_attention/k_image", "cross_attn.k_img", "attn2.add_k_proj", "linear", "d d"),
   ("cross_attention/v_image", "cross_attn.v_img", "attn2.add_v_proj", "linear", "d d"),
@@ -61,11 +65,13 @@ def entries(size: Size, naming: str) -> list[names.Entry]:
   """Every tensor of a transformer of this size, rim first, then block by block. naming: "native" or "diffusers"."""
   column, p = pick(NAMINGS, naming, "naming"), size.patch
   letters = {"d": size.width, "6d": 6 * size.width, "m": size.mlp, "e": size.text_width, "y": size.image_width,
-             "u": size.waves, "i": p**2 * (size.channels + size.given), "o": p**2 * size.channels, "2": 2, "6": 6}
+             "u": size.waves, "i": p**2 * (size.channels + size.given), "o": p**2 * size.channels, "2": 2, "6": 6,
+             "j": size.image_positions}
   patch = names.leaf("/kernel", ".weight", "(c p q) d -> d c 1 p q", p=p, q=p)
   make = partial(names.entries, column=column, letters=letters,
                  layouts={**names.LAYOUTS, "patch": (patch, names.BIAS)})
   rim, block = (RIM + IMAGE_RIM, BLOCK + IMAGE_BLOCK) if size.image_width else (RIM, BLOCK)
+  rim = rim + POSITION_RIM if size.image_positions else rim
   blocks = (make(block, ours="blocks/", theirs=f"blocks.{number}.", layer=(number, size.layers))
             for number in range(size.layers))
   return [*make(rim), *chain.from_iterable(blocks)]

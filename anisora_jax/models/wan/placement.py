@@ -14,7 +14,7 @@ RULES = [
   (r"^text/down/kernel$", P("tensor", "fsdp")),                                    # [in/tensor, out/fsdp]
   (r"^(patch_in|time_in)/kernel$", P(None, "fsdp")),                               # [in, d/fsdp]
   (r"^head/out/kernel$", P("fsdp", None)),                                         # [d/fsdp, out]
-  (r"/(bias|scale|modulation)$", P()),
+  (r"/(bias|scale|modulation|positions)$", P()),
 ]
 IMAGE_RULES = [                                                                    # only where image tokens are used
   (r"^image/mlp/up/kernel$", P("fsdp", "tensor")),                                 # [in/fsdp, out/tensor]
