@@ -12,6 +12,9 @@ class Codec(Protocol):
 
   Frame 0 has a latent frame of its own; each later latent frame covers m pixel frames: F = 1 + m (f - 1).
   Mid-grey, 0, is what stands for pixels that are not given.
+
+  A codec is a pytree whose leaves are its parameters, or none. Where they are many, give it to jitted functions as an
+  argument: closed over, they become constants of the compiled program.
   """
 
   temporal: int

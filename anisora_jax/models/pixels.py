@@ -9,12 +9,14 @@ Frame 0 is repeated m times so that it fills a latent frame of its own, as masks
 
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 from einops import rearrange
 
 from anisora_jax.shapes import Frames, Latents
 
 
+@jax.tree_util.register_static
 @dataclass(frozen=True)
 class Pixels:
   """Space-to-depth. spatial: pixels a side of a latent cell; temporal: frames of a latent frame; scale: of latents."""
