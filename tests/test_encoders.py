@@ -2,9 +2,10 @@
 
 import html
 import json
+import math
 import re
 from dataclasses import replace
-from functools import partial
+from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +14,26 @@ import pytest
 import tokenizers
 import torch
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
-from transformers import AutoTokenizer, PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+from quick import QUICK
+from safetensors.numpy import save_file
+from transformers import (
+  AutoTokenizer,
+  CLIPVisionConfig,
+  CLIPVisionModel,
+  PreTrainedTokenizerFast,
+  UMT5Config,
+  UMT5EncoderModel,
+)
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from anisora_jax.errors import BadInput
 from anisora_jax.models import names
-from anisora_jax.models.wan import encoder_names, text, tokenizer
-from anisora_jax.models.wan.encoder_placement import TEXT_RULES
+from anisora_jax.models.wan import encoder_names, image, text, tokenizer
+from anisora_jax.models.wan.encoder_placement import IMAGE_RULES, TEXT_RULES
 from anisora_jax.parallel import mesh, placement
 
 TEXT = text.TextSize(layers=3, width=24, heads=4, head_width=10, mlp=40, vocabulary=150)
+IMAGE = image.ImageSize(layers=4, width=24, heads=3, mlp=40, patch=6, side=30)
 CLOSE = 1e-5  # sums in another order differ by some f32 roundings of the largest number
 
 
@@ -47,8 +59,20 @@ def text_witness(size: text.TextSize) -> UMT5EncoderModel:
     num_heads=size.heads, relative_attention_num_buckets=size.buckets, relative_attention_max_distance=size.far))
 
 
-def tensors(model: torch.nn.Module, start: str = "") -> dict[str, np.ndarray]:
-  return {start + name: p.numpy() for name, p in model.state_dict().items() if name not in encoder_names.COPIES}
+def image_witness(size: image.ImageSize) -> CLIPVisionModel:
+  return CLIPVisionModel(CLIPVisionConfig(
+    hidden_size=size.width, intermediate_size=size.mlp, num_hidden_layers=size.layers, num_attention_heads=size.heads,
+    image_size=size.side, patch_size=size.patch, hidden_act="gelu", layer_norm_eps=1e-5))
+
+
+def tensors(model: torch.nn.Module) -> dict:
+  """A witness' tensors by the names of published files."""
+  state = model.state_dict()
+  return {known: state[name] for name, known in encoder_names.used(state).items()}
+
+
+def arrays(model: torch.nn.Module) -> dict[str, np.ndarray]:
+  return {name: x.numpy() for name, x in tensors(model).items()}
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +81,8 @@ def text_model() -> tuple[UMT5EncoderModel, dict]:
   with torch.no_grad():  # large enough that a bias of the wrong distance or layer is seen
     for block in model.encoder.block:
       block.layer[0].SelfAttention.relative_attention_bias.weight.mul_(2)
-  return model, names.from_torch(tensors(model), encoder_names.text_entries(TEXT, "huggingface"))
+  params = names.from_torch(arrays(model), encoder_names.text_entries(TEXT, "huggingface"))
+  return model, jax.tree.map(jnp.asarray, params)
 
 
 def captions(s: int, *lengths: int) -> tuple[np.ndarray, np.ndarray]:
@@ -214,3 +239,164 @@ def test_captions_become_text_tokens_as_upstream_makes_them(folder, text_model, 
   ours = encoder(params, told)
   assert isinstance(ours, np.ndarray) and ours.dtype == np.float32
   assert apart(ours, text_judge(model, theirs["input_ids"], theirs["attention_mask"])) < CLOSE
+
+
+@pytest.fixture(scope="module")
+def image_model() -> tuple[CLIPVisionModel, dict]:
+  model = randomised(image_witness(IMAGE))
+  params = names.from_torch(arrays(model), encoder_names.image_entries(IMAGE, "huggingface"))
+  return model, jax.tree.map(jnp.asarray, params)
+
+
+def frames(b: int, height: int, width: int) -> np.ndarray:
+  """Noise over all of [-1, 1]: with fine detail, so that the way of resizing is seen."""
+  return np.random.default_rng(height).uniform(-1, 1, (b, height, width, 3)).astype(np.float32)
+
+
+def upstream_prepares(films: np.ndarray, antialias: bool = False, dtype=torch.float64, side: int = 224) -> np.ndarray:
+  """What Wan 2.1 makes of frames before its CLIP (wan/modules/clip.py)."""
+  first = torch.tensor(films, dtype=dtype).permute(0, 3, 1, 2)
+  square = torch.nn.functional.interpolate(first, size=(side, side), mode="bicubic", align_corners=False,
+                                           antialias=antialias)
+  mean, deviation = (torch.tensor(x, dtype=dtype).view(3, 1, 1) for x in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+  return ((square.mul(0.5).add(0.5) - mean) / deviation).permute(0, 2, 3, 1).numpy()
+
+
+@pytest.mark.parametrize(("height", "width"), [(480, 832), (224, 224), (37, 301), (1, 5), (720, 100)])
+def test_frames_are_prepared_as_upstream_prepares_them(height, width):
+  films = frames(1, height, width)
+  ours = image.prepare(jnp.asarray(films), 224)
+  # In f32 torch rounds the place of a pixel, which over hundreds of pixels of noise shows in the fifth digit.
+  assert apart(ours, upstream_prepares(films)) < 1e-6
+  assert apart(ours, upstream_prepares(films, dtype=torch.float32)) < 2e-4
+  assert height <= 224 or apart(ours, upstream_prepares(films, antialias=True)) > 0.1  # which is another thing
+
+
+@pytest.mark.parametrize(("b", "height", "width"), [(1, 30, 30), (2, 45, 17), (3, 12, 64)])
+def test_image_tokens_and_summary_equal_transformers(image_model, b, height, width):
+  model, params = image_model
+  films = frames(b, height, width)
+  with torch.no_grad():
+    square = torch.tensor(upstream_prepares(films, side=IMAGE.side)).float().permute(0, 3, 1, 2)
+    theirs = model(square, output_hidden_states=True)
+  network = image.CLIPVision(IMAGE, single())
+  whole = jax.jit(lambda params, films: network.apply({"params": params}, image.prepare(films, IMAGE.side)),
+                  compiler_options=QUICK)
+  tokens, summary = whole(params, films)
+  assert tokens.shape == (b, IMAGE.tokens, IMAGE.width)
+  assert apart(tokens, theirs.hidden_states[-2]) < CLOSE and apart(summary, theirs.pooler_output) < CLOSE
+
+
+def test_bf16_image_tokens_stay_close(image_model):
+  films, (model, params) = frames(2, 40, 50), image_model
+  with torch.no_grad():
+    square = torch.tensor(upstream_prepares(films, side=IMAGE.side)).float().permute(0, 3, 1, 2)
+    exact = model(square, output_hidden_states=True).hidden_states[-2]
+  assert apart(image.encode(image.CLIPVision(IMAGE, single()), params, films), exact) < CLOSE
+  ours = image.encode(image.CLIPVision(IMAGE, single(), jnp.bfloat16), params, films)
+  assert ours.dtype == jnp.float32 and 1e-4 < apart(ours, exact) < 2e-2
+
+
+@pytest.mark.parametrize("sizes", [{"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 4, "seq": 2}])
+def test_image_tokens_are_the_same_on_every_mesh(image_model, sizes):
+  eight = mesh.build(sizes)
+  encoder = image.ImageEncoder(image.CLIPVision(IMAGE, eight))
+  placed = placement.shardings(IMAGE_RULES, image.abstract_params(encoder.network), eight)
+  films = frames(3, 40, 50)
+  ours = encoder(jax.device_put(image_model[1], placed), films)
+  alone = image.encode(image.CLIPVision(IMAGE, single()), image_model[1], films)
+  assert isinstance(ours, np.ndarray) and apart(ours, alone) < CLOSE
+
+
+def native_text(state: dict) -> dict:
+  """The tensors of a transformers state under the native names, by substitutions of its own."""
+  swaps = [(r"^shared", "token_embedding"), (r"^encoder\.final_layer_norm", "norm"), (r"^encoder\.block", "blocks"),
+           (r"layer\.0\.SelfAttention\.relative_attention_bias", "pos_embedding.embedding"),
+           (r"layer\.0\.SelfAttention", "attn"), (r"layer\.0\.layer_norm", "norm1"), (r"layer\.1\.layer_norm", "norm2"),
+           (r"layer\.1\.DenseReluDense\.wi_0", "ffn.gate.0"), (r"layer\.1\.DenseReluDense\.wi_1", "ffn.fc1"),
+           (r"layer\.1\.DenseReluDense\.wo", "ffn.fc2")]
+  return {reduce(lambda name, swap: re.sub(*swap, name), swaps, name): x for name, x in state.items()}
+
+
+def native_image(state: dict) -> dict:
+  swaps = [(r"^vision_model\.(embeddings\.)?", "visual."), (r"class_embedding", "cls_embedding"),
+           (r"position_embedding\.weight", "pos_embedding"), (r"pre_layrnorm", "pre_norm"),
+           (r"post_layernorm", "post_norm"), (r"encoder\.layers", "transformer"), (r"layer_norm(\d)", r"norm\1"),
+           (r"self_attn\.q_proj", "attn.to_qkv"), (r"self_attn\.out_proj", "attn.proj"),
+           (r"mlp\.fc1", "mlp.0"), (r"mlp\.fc2", "mlp.2")]
+  made = {}
+  for name, x in state.items():
+    if "q_proj" in name:
+      x = torch.cat([state[name.replace("q_proj", f"{letter}_proj")] for letter in "qkv"])
+    if "class_embedding" in name or "position_embedding" in name:
+      x = x.reshape(1, -1, x.shape[-1])
+    if not re.search("[kv]_proj", name):
+      made[reduce(lambda name, swap: re.sub(*swap, name), swaps, name)] = x
+  return made
+
+
+NATIVE = {"text": native_text, "image": native_image}
+ENTRIES = {"text": encoder_names.text_entries, "image": encoder_names.image_entries}
+WITNESS = {"text": text_witness, "image": image_witness}
+PUBLISHED = {"text": (text.TEXT_SIZES["umt5_xxl"], 5_680_910_336),
+             "image": (image.IMAGE_SIZES["clip_vit_h"], 630_766_080)}
+
+
+@pytest.mark.parametrize("kind", ENTRIES)
+def test_full_size_tables_equal_transformers(kind):
+  size, count = PUBLISHED[kind]
+  with torch.device("meta"):
+    state = tensors(WITNESS[kind](size))
+  for naming, witness in (("huggingface", state), ("native", NATIVE[kind](state))):
+    ours = names.table(ENTRIES[kind](size, naming))
+    assert ours == {name: tuple(x.shape) for name, x in witness.items()}
+    assert sum(map(math.prod, ours.values())) == count
+
+
+@pytest.mark.parametrize("kind", ENTRIES)
+def test_our_paths_are_those_of_the_network(kind):
+  network, module = {"text": (text.UMT5(TEXT, single()), text),
+                     "image": (image.CLIPVision(IMAGE, single()), image)}[kind]
+  made = {placement.path_text(path): x.shape
+          for path, x in jax.tree_util.tree_leaves_with_path(module.abstract_params(network))}
+  for naming in encoder_names.NAMINGS:
+    assert names.shapes(ENTRIES[kind](network.size, naming)) == made
+
+
+@pytest.mark.parametrize("kind", ENTRIES)
+def test_both_namings_come_home_to_the_bit(kind, text_model, image_model):
+  model, params = {"text": text_model, "image": image_model}[kind]
+  size = {"text": TEXT, "image": IMAGE}[kind]
+  for naming, state in (("huggingface", tensors(model)), ("native", NATIVE[kind](tensors(model)))):
+    state = {name: x.numpy() for name, x in state.items()}
+    ours = names.from_torch(state, ENTRIES[kind](size, naming))
+    jax.tree.map(np.testing.assert_array_equal, ours, params)
+    back = names.to_torch(ours, ENTRIES[kind](size, naming))
+    assert back.keys() == state.keys() and all(np.array_equal(back[name], state[name]) for name in state)
+
+
+@pytest.mark.parametrize("kind", ENTRIES)
+def test_transformers_loads_what_we_name(kind, text_model, image_model, tmp_path):
+  model, params = {"text": text_model, "image": image_model}[kind]
+  size = {"text": TEXT, "image": IMAGE}[kind]
+  model.config.save_pretrained(tmp_path)
+  save_file(names.to_torch(params, ENTRIES[kind](size, "huggingface")), tmp_path / "model.safetensors")
+  loaded, told = type(model).from_pretrained(tmp_path, output_loading_info=True)
+  assert not any(told.values()), told
+  state = loaded.state_dict()
+  assert all(torch.equal(state[name], x) for name, x in model.state_dict().items())
+
+
+def test_a_file_may_hold_more_than_we_use_and_name_it_otherwise():
+  found = ["textual.token_embedding.weight", "log_scale", "visual.head", "visual.post_norm.weight"]
+  assert encoder_names.used(found) == {found[3]: found[3]}
+  found = ["vision_model.embeddings.position_ids", "embeddings.class_embedding", "encoder.layers.0.mlp.fc1.bias"]
+  assert encoder_names.used(found) == {name: f"vision_model.{name}" for name in found[1:]}
+  copy, shared = "encoder.embed_tokens.weight", "shared.weight"
+  assert encoder_names.used([copy]) == {copy: shared} and encoder_names.used([copy, shared]) == {shared: shared}
+  assert encoder_names.used(["encoder.block.0.strange"]) == {"encoder.block.0.strange": "encoder.block.0.strange"}
+
+
+def test_an_image_size_that_does_not_divide_is_refused():
+  with pytest.raises(BadInput, match="an image of 30 does not divide into patches of 7, or a width of 24 into 3 heads"):
+    replace(IMAGE, patch=7)
