@@ -97,6 +97,11 @@ def text_judge(model, ids, mask) -> np.ndarray:
   return np.where(mask[..., None], out, 0)  # Wan keeps the real rows and fills with zeros
 
 
+def products(lowered) -> list[str]:
+  """The number types that a traced function multiplies, once for each matrix product."""
+  return re.findall(r"dot_general .*: \(tensor<[^>]*x(\w+)>, tensor<[^>]*x\1>\)", lowered.as_text())
+
+
 def single() -> jax.sharding.Mesh:
   return mesh.build(count=1)
 
@@ -133,6 +138,8 @@ def test_bf16_text_stays_close(text_model):
     ours = text.encode(text.UMT5(TEXT, single(), jnp.bfloat16), weights, ids, mask)
     # bf16 keeps 8 bits: weights and each of some ten products in a row are off by up to 2^-9 of their number.
     assert ours.dtype == jnp.float32 and 1e-4 < apart(ours, text_judge(model, ids, mask)) < 2e-2
+  lowered = text.encode.lower(text.UMT5(TEXT, single(), jnp.bfloat16), params, ids, mask)
+  assert sorted(products(lowered)) == ["bf16"] * 9  # q k v, logits, values, o; gate, up, down
 
 
 @pytest.mark.parametrize("sizes", [{"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 4, "seq": 2}])
@@ -293,8 +300,11 @@ def test_bf16_image_tokens_stay_close(image_model):
     square = torch.tensor(upstream_prepares(films, side=IMAGE.side)).float().permute(0, 3, 1, 2)
     exact = model(square, output_hidden_states=True).hidden_states[-2]
   assert apart(image.encode(image.CLIPVision(IMAGE, single()), params, films), exact) < CLOSE
-  ours = image.encode(image.CLIPVision(IMAGE, single(), jnp.bfloat16), params, films)
+  half = image.CLIPVision(IMAGE, single(), jnp.bfloat16)
+  ours = image.encode(half, params, films)
   assert ours.dtype == jnp.float32 and 1e-4 < apart(ours, exact) < 2e-2
+  # Patches, qkv, logits, values, o, up, down, and of the last block nothing; the image is resized in f32.
+  assert sorted(products(image.encode.lower(half, params, films))) == ["bf16"] * 7 + ["f32"] * 2
 
 
 @pytest.mark.parametrize("sizes", [{"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 4, "seq": 2}])
@@ -351,6 +361,14 @@ def test_full_size_tables_equal_transformers(kind):
     ours = names.table(ENTRIES[kind](size, naming))
     assert ours == {name: tuple(x.shape) for name, x in witness.items()}
     assert sum(map(math.prod, ours.values())) == count
+
+
+def test_a_device_of_eight_holds_an_eighth_of_the_published_text_encoder():
+  eight = mesh.build({"fsdp": 4, "tensor": 2})
+  shapes = text.abstract_params(text.UMT5(PUBLISHED["text"][0], eight))
+  placed = placement.shardings(TEXT_RULES, shapes, eight)
+  shares = jax.tree.map(lambda x, s: math.prod(s.shard_shape(x.shape)), shapes, placed)
+  assert 1 <= sum(jax.tree.leaves(shares)) / (PUBLISHED["text"][1] / 8) < 1.001
 
 
 @pytest.mark.parametrize("kind", ENTRIES)
