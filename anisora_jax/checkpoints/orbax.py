@@ -155,15 +155,19 @@ class Checkpoints:
     Says in one line which newer checkpoints were passed over, and why. Raises BadInput if none is good or if the
     checkpoint is of another model.
     """
-    step = agreed(self._newest_good() if jax.process_index() == 0 else 0)
-    if step < 0:
-      raise BadInput(f"{self.folder} holds no good checkpoint: restore it from a copy, or start in another folder.")
-    path = self.folder / str(step)
+    path = self.newest()
     about = ocp.checkpointables_metadata(path)
     abstract = spread(abstract, about.metadata["state"])
     refuse_other_model(about.metadata["state"], abstract, path)
     state = ocp.load_checkpointables(path, {"state": abstract})["state"]
-    return step, state, about.custom_metadata["loader"]
+    return int(path.name), state, about.custom_metadata["loader"]
+
+  def newest(self) -> Path:
+    """The folder of the newest checkpoint whose bytes are all as written, on every host; else raises BadInput."""
+    step = agreed(self._newest_good() if jax.process_index() == 0 else 0)
+    if step < 0:
+      raise BadInput(f"{self.folder} holds no good checkpoint: restore it from a copy, or start in another folder.")
+    return self.folder / str(step)
 
   def config(self, step: int) -> dict:
     """The config that a checkpoint was saved with."""

@@ -91,7 +91,7 @@ def shapes(wanted: Iterable[Entry]) -> dict[str, tuple[int, ...]]:
   return {entry.path: entry.whole for entry in wanted}
 
 
-def _refuse(strange: Sequence[str], allowed: Sequence[str], what: str) -> None:
+def refuse(strange: Sequence[str], allowed: Sequence[str], what: str) -> None:
   """Raises BadInput for names of one side that the other side lacks, with the nearest name there is."""
   if strange:
     near = get_close_matches(strange[0], allowed, n=1, cutoff=0)
@@ -101,8 +101,8 @@ def _refuse(strange: Sequence[str], allowed: Sequence[str], what: str) -> None:
 
 
 def _compare(got: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], kind: str) -> None:
-  _refuse([name for name in got if name not in wanted], list(wanted), f"{kind} that no table row names")
-  _refuse([name for name in wanted if name not in got], list(got), f"missing {kind}")
+  refuse([name for name in got if name not in wanted], list(wanted), f"{kind} that no table row names")
+  refuse([name for name in wanted if name not in got], list(got), f"missing {kind}")
   for name, shape in wanted.items():
     if tuple(got[name]) != shape:
       raise BadInput(f"{name} has shape {tuple(got[name])} and this size wants {shape}: "

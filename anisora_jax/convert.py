@@ -1,0 +1,44 @@
+"""Converts weights: published files, or what was trained here, into another format.
+
+  python -m anisora_jax.convert --from Wan2.1-I2V-14B-480P --to out/i2v --format diffusers --dtype bfloat16
+  python -m anisora_jax.convert --from out/run --ema --to out/wan --format wan
+  python -m anisora_jax.convert --from anisora.safetensors --to out/anisora --format ours
+
+--from takes a .safetensors file, a folder of shards with their index, a folder of Wan, of diffusers or of ComfyUI, with
+one transformer or with two experts, a .pth file (torch reads it, running none of its code), a run's --workdir, or what
+this program wrote. Which transformer it is, is seen from its tensors. Two experts stay two. What is written appears
+whole, or not at all.
+"""
+
+import signal
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from anisora_jax import entry
+from anisora_jax.experiment import convert
+
+FROM = flags.DEFINE_string("from", None, "Weight file, or folder of weights or of a run.")
+TO = flags.DEFINE_string("to", None, "New folder for what is written.")
+FORMAT = flags.DEFINE_string("format", None, "ours; wan, the native repositories; diffusers; comfyui, one file.")
+DTYPE = flags.DEFINE_string("dtype", "", "float32, bfloat16 or float16 for all tensors; by default each keeps its own.")
+SHARD = flags.DEFINE_float("shard_gb", 5.0, "Size of a file at most, in 10^9 bytes; comfyui and ours are not split.",
+                           lower_bound=1e-6)
+EMA = flags.DEFINE_bool("ema", False, "Of a run, the averaged parameters.")
+
+
+def main() -> None:
+  """Reads the flags and calls the assembly."""
+  path, to = Path(entry.needed("from", "Wan2.1-T2V-1.3B")), Path(entry.needed("to", "out/weights"))
+  form = entry.needed("format", "diffusers")
+  signal.signal(signal.SIGTERM, signal.default_int_handler)  # what stops it ends it as Ctrl-C does
+  try:
+    convert.convert(path, to, form, DTYPE.value, SHARD.value * 1e9, EMA.value)
+  except KeyboardInterrupt:
+    print(f"stopped: nothing was written to {to}", file=sys.stderr)
+    sys.exit(130)
+
+
+if __name__ == "__main__":
+  entry.run(main, sys.argv[0], __doc__)
