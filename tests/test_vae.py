@@ -14,6 +14,8 @@ from diffusers import AutoencoderKLWan
 from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from einops import repeat
 from flax.traverse_util import unflatten_dict
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from quick import QUICK
 
 from anisora_jax.errors import BadInput
@@ -23,6 +25,7 @@ from anisora_jax.models.pixels import Pixels
 from anisora_jax.models.wan import vae, vae_names
 from anisora_jax.models.wan.vae import WanVAE
 from anisora_jax.models.wan.vae_sizes import VAE_SIZES, VAESize
+from anisora_jax.parallel import mesh
 
 DRAW = np.random.default_rng(0)
 WAN21 = VAESize(encoder=4, decoder=4, blocks=1, means=tuple(DRAW.normal(size=6)),
@@ -158,6 +161,18 @@ def test_a_tile_as_large_as_the_clip_is_the_whole_clip(models):
   frames = frames_of(clip)
   np.testing.assert_array_equal(encode(ours(models, name, tile=32, overlap=16), frames),
                                 encode(ours(models, name), frames))
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_devices_share_a_batch_without_talking(models, chunked):
+  codec, on = ours(models, "wan21", chunked=chunked), mesh.build({"data": 4, "fsdp": 2})
+  frames = frames_of((8, 5, 8, 16))
+  for work, given in [(encode, frames), (decode, encode(codec, frames))]:
+    spread = jax.device_put(given, NamedSharding(on, P(mesh.BATCH)))
+    program = work.lower(codec, spread).compile()
+    assert not re.search("all-gather|all-reduce|all-to-all|collective-permute", program.as_text())
+    assert work(codec, spread).sharding.is_equivalent_to(spread.sharding, 5)
+    assert apart(work(codec, spread), work(codec, given)) < CLOSE
 
 
 def memory(size: VAESize, clip: tuple[int, int, int], **options) -> list[float]:
