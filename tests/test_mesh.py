@@ -4,7 +4,6 @@ import re
 from collections import Counter
 from functools import partial
 from itertools import product
-from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -57,12 +56,6 @@ def apart(ours, theirs) -> float:
 
 def on_mesh(shape: tuple[int, ...]):
   return mesh.build(dict(zip(mesh.AXES, shape, strict=True)), count=int(np.prod(shape)))
-
-
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads in /proc")
-def test_simulated_devices_have_threads_for_many_collectives_side_by_side():
-  assert jax.device_count() == 8
-  assert len(list(Path("/proc/self/task").iterdir())) > 16 * 8
 
 
 @pytest.fixture(scope="module")

@@ -34,8 +34,9 @@ def weight(t: Float[Array, "*b"], name: str, draw: TimeDraw) -> Float[Array, "*b
 def frame_errors(predicted: Latents, true: Latents, hidden: Bool[Array, "b f h w 1"]) -> Times:
   """Mean squared error over the hidden cells of each frame, 0 where nothing is hidden. f32."""
   error = jnp.square(predicted.astype(jnp.float32) - true.astype(jnp.float32)).mean(-1, keepdims=True)
-  cells = hidden.sum((2, 3, 4))
-  return jnp.where(hidden, error, 0.0).sum((2, 3, 4)) / jnp.maximum(cells, 1)
+  # Summed together, so that devices send one message, and not before the network is done (see training.step.after).
+  total, cells = jnp.stack([jnp.where(hidden, error, 0.0), hidden.astype(jnp.float32)]).sum((3, 4, 5))
+  return total / jnp.maximum(cells, 1)
 
 
 def loss_sums(errors: Times, weights: Times, counted: Bool[Array, "b f"]) -> tuple[Scalar, Scalar]:
@@ -43,4 +44,5 @@ def loss_sums(errors: Times, weights: Times, counted: Bool[Array, "b f"]) -> tup
 
   Kept apart so that micro-batches of any size add up to one large batch.
   """
-  return (errors * weights * counted).sum(), counted.sum().astype(jnp.float32)
+  total, count = jnp.stack([errors * weights * counted, counted.astype(jnp.float32)]).sum((1, 2))
+  return total, count

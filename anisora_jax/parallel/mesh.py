@@ -5,7 +5,6 @@ MLP split). Any may be 1. This is the only file that asks for devices.
 """
 
 import math
-import os
 from collections.abc import Mapping
 
 import jax
@@ -20,15 +19,7 @@ BATCH = ("data", "fsdp")  # the axes that split a batch
 
 
 def simulate(count: int) -> None:
-  """Lets the CPU pose as `count` devices; called before the first use of a device.
-
-  A thread that waits for the other devices in a collective does nothing else. XLA starts only as many threads as there
-  are devices, and collectives that run side by side can hold them all, each waiting for one that found no thread: then
-  it gives up after 40 seconds. So there are 16 threads a device, and a busy machine gets more time.
-  """
-  os.environ["PJRT_NPROC"] = str(16 * count)
-  os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") +
-                             " --xla_cpu_collective_call_terminate_timeout_seconds=180").strip()
+  """Lets the CPU pose as `count` devices; called before the first use of a device."""
   jax.config.update("jax_platforms", "cpu")
   jax.config.update("jax_num_cpu_devices", count)
 

@@ -5,16 +5,18 @@ another mesh and any split into micro-batches draw the same.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from einops import rearrange
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from anisora_jax import keys
+from anisora_jax.adapters import lora
 from anisora_jax.diffusion import objective, path
 from anisora_jax.diffusion.times import TimeDraw
 from anisora_jax.models.codec import Codec
@@ -44,6 +46,28 @@ class Method:
   drop_condition: float = 0.05
   seed: int = 0
   micro_batches: int = 1
+
+
+@struct.dataclass
+class Frozen:
+  """What a step reads and never changes: an argument of compiled functions, or it would become their constants.
+
+  base: parameters beside which the trained ones stand, as adapters; None where all are trained.
+  """
+
+  codec: Codec
+  base: PyTree | None = None
+
+
+def bind(method: Method, frozen: Frozen | None) -> Method:
+  """The method with these frozen parts; None: with its own codec, all parameters trained."""
+  if frozen is None:
+    return method
+  velocity, base = method.velocity, frozen.base
+  if base is not None:
+    def velocity(params, *rest):
+      return method.velocity(lora.join(base, params), *rest)
+  return replace(method, codec=frozen.codec, velocity=velocity)
 
 
 @struct.dataclass
@@ -116,16 +140,28 @@ def gradients(method: Method, params: PyTree, batch: Batch, step: Array) -> tupl
   return jax.tree.map(lambda g: g / count, grads), total / count
 
 
+def after(x: Array | np.ndarray, known: Scalar) -> Array:
+  """x, which is 0 or more, in a form that has to wait until `known` is.
+
+  On simulated devices a collective that does not depend on a loop may overtake the collectives inside, on some devices
+  and not on others, and all wait forever (jax 0.10.2). So what a step only counts, it counts after its gradients.
+  """
+  return jnp.maximum(x, -jnp.isnan(known).astype(x.dtype))
+
+
 def make_step(method: Method, optimizer: optax.GradientTransformation,
-              average: Callable[[PyTree, PyTree, Array], PyTree]) -> Callable[[TrainState, Batch],
-                                                                              tuple[TrainState, Measures]]:
-  """The step of plain training. average: (ema, params, step) -> ema. A step that is not finite changes nothing."""
-  def step(state: TrainState, batch: Batch) -> tuple[TrainState, Measures]:
-    batch, stop = dict(batch), batch["stop"].max()
-    del batch["stop"]
-    grads, loss = gradients(method, state.params, batch, state.step)
+              average: Callable[[PyTree, PyTree, Array], PyTree]) -> Callable[..., tuple[TrainState, Measures]]:
+  """(state, batch, frozen) -> (state, measures): the step of plain training, or of adapters beside a frozen base.
+
+  average: (ema, params, step) -> ema. A step that is not finite changes nothing.
+  """
+  def step(state: TrainState, batch: Batch, frozen: Frozen | None = None) -> tuple[TrainState, Measures]:
+    told = {name: x for name, x in batch.items() if name != "stop"}
+    grads, loss = gradients(bind(method, frozen), state.params, told, state.step)
     norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    stop = after(batch["stop"], norm).max()
+    unread = (after(batch["ok"], norm) == 0).sum()
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm) & (stop >= 0) & (unread >= 0)  # the last two always hold
 
     def update(state: TrainState) -> TrainState:
       changes, opt = optimizer.update(grads, state.opt, state.params)
@@ -133,7 +169,6 @@ def make_step(method: Method, optimizer: optax.GradientTransformation,
       return state.replace(params=params, opt=opt, ema=average(state.ema, params, state.step))
 
     state = jax.lax.cond(finite, update, lambda state: state, state)
-    unread = (batch["ok"] == 0).sum()
     measures = {"loss": loss, "grad_norm": norm, "skipped": ~finite, "unread": unread, "stop": stop}
     return state.replace(step=state.step + 1), measures
 
@@ -143,18 +178,18 @@ def make_step(method: Method, optimizer: optax.GradientTransformation,
 BINS = 5  # noise-time bins of the held-out loss
 
 
-def make_held_out(method: Method) -> Callable[[PyTree, Batch, Array], Float[Array, "bins"]]:
-  """(params, batch, number of the batch) -> loss in each bin of noise time, all frames at the bin's middle.
+def make_held_out(method: Method) -> Callable[..., Float[Array, "bins"]]:
+  """(params, batch, number of the batch, frozen) -> loss in each bin of noise time, all frames at the bin's middle.
 
   Tasks, noise and times are the same at every call, so that the curve moves only with the model.
   """
-  def held_out(params: PyTree, batch: Batch, number: Array) -> Float[Array, "bins"]:
-    stream = keys.key(method.seed, number, "heldout")
-    it = lesson(method, batch, 0, jnp.arange(batch["ok"].shape[0]),
+  def held_out(params: PyTree, batch: Batch, number: Array, frozen: Frozen | None = None) -> Float[Array, "bins"]:
+    stream, bound = keys.key(method.seed, number, "heldout"), bind(method, frozen)
+    it = lesson(bound, batch, 0, jnp.arange(batch["ok"].shape[0]),
                 lambda purpose: jax.random.fold_in(stream, keys.PURPOSES[purpose]))
 
     def at(t: Scalar) -> Scalar:
-      found, counted = errors(method, params, it.replace(t=jnp.where(it.given.frozen, 0.0, t)))
+      found, counted = errors(bound, params, it.replace(t=jnp.where(it.given.frozen, 0.0, t)))
       total, count = objective.loss_sums(found, jnp.ones_like(found), counted)
       return total / jnp.maximum(count, 1.0)
 

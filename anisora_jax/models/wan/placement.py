@@ -13,7 +13,8 @@ RULES = [
   (r"^(time_out|time_modulation|text/up)/kernel$", P("fsdp", "tensor")),           # [in/fsdp, out/tensor]
   (r"^text/down/kernel$", P("tensor", "fsdp")),                                    # [in/tensor, out/fsdp]
   (r"^(patch_in|time_in)/kernel$", P(None, "fsdp")),                               # [in, d/fsdp]
-  (r"^head/out/kernel$", P("fsdp", None)),                                         # [d/fsdp, out]
+  # Whole, for it is small, and were it gathered, it would be beside the blocks' loop (see training.step.after).
+  (r"^head/out/kernel$", P()),                                                     # [d, out]
   (r"/(bias|scale|modulation|positions)$", P()),
 ]
 IMAGE_RULES = [                                                                    # only where image tokens are used
