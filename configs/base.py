@@ -18,11 +18,17 @@ def get_config() -> ConfigDict:
   })
   config.model = ConfigDict({
     "size": "tiny",           # in anisora_jax/models/wan/sizes.py
+    "weights": "",            # to start from: a file or folder of published weights, or a run; "" for random ones
     "attention": "ring",      # full or ring; a ring over seq = 1 is full
     "kernel": "dense",        # dense anywhere; cudnn on NVIDIA GPUs in bfloat16
     "remat": "attention",     # what a layer keeps for its backward pass: none, attention, matmuls, full
     "gate": 0.5,              # what gates start from when trained from scratch; 0 as Wan, which moves later
     "dtype": "float32",       # of arithmetic, bfloat16 on accelerators; parameters are always float32
+  })
+  config.lora = ConfigDict({  # trains low-rank adapters beside model.weights, which stay as they are
+    "rank": 0,                # of the adapters; 0 trains the network itself
+    "alpha": 16.0,            # adapters count alpha / rank times
+    "where": r"blocks/(\w+_attention/[qkvo]|mlp/(up|down))/",  # regular expression on the paths of kernels
   })
   config.codec = ConfigDict({
     "name": "pixels",         # pixels moved into channels, no weights

@@ -15,15 +15,19 @@ import pack
 import pytest
 import toons
 from ml_collections import ConfigDict
+from overtake import overtaking
 from PIL import Image
+from quick import QUICK
 
 from anisora_jax import errors
+from anisora_jax.adapters.lora import Lora
 from anisora_jax.checkpoints.orbax import Checkpoints
 from anisora_jax.errors import BadInput
 from anisora_jax.experiment import parts, sample, train
 from anisora_jax.models.pixels import Pixels
 from anisora_jax.sampling.request import Request, lay_out, parse_keyframes
 from anisora_jax.training import optimizer
+from anisora_jax.training.step import Frozen
 from configs import base, tiny
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -105,9 +109,9 @@ def losses(folder: Path) -> dict[int, tuple[float, int]]:
 
 def state_of(folder: Path, records: Path, step: int) -> dict[str, np.ndarray]:
   """Every array of a checkpoint: parameters, moments, averages, counts."""
-  config = sample.saved_config(folder)
+  config = parts.saved_config(folder)
   made = parts.assemble(config)
-  chain, _ = optimizer.build(made.optimizer, parts.abstract_params(made))
+  chain, _ = optimizer.build(made.optimizer, parts.abstract_trained(made))
   abstract, _ = train.training_state(made, chain)
   with Checkpoints(folder / "checkpoints") as checkpoints:
     number, state, _ = checkpoints.restore(abstract)
@@ -123,6 +127,24 @@ def test_six_steps_equal_three_killed_and_resumed_bit_for_bit(straight, killed, 
   assert len(one) > 60 and one.keys() == other.keys()
   for name, value in one.items():
     np.testing.assert_array_equal(value, other[name], err_msg=name)
+
+
+def test_adapters_train_beside_a_run_s_weights_the_same_on_every_mesh(straight, records, start, tmp_path):
+  base = f"--config.model.weights={straight}"
+  adapted = ("--config.lora.rank=2", "--config.lora.alpha=4", base)
+  runs = {"eight": start(tmp_path / "eight", *adapted), "one": start(tmp_path / "one", *adapted, mesh=())}
+  assert all("17,920 of adapters are trained" in finish(run) for run in runs.values())
+  finish(start(tmp_path / "whole", base))
+  eight, one, whole = (losses(tmp_path / name) for name in ("eight", "one", "whole"))
+  assert eight[1] == whole[1]  # adapters begin as nothing
+  np.testing.assert_allclose([eight[n][0] for n in eight], [one[n][0] for n in one], rtol=2e-4)
+  assert abs(eight[6][0] - whole[6][0]) > 1e-4
+  kept = state_of(tmp_path / "eight", records, 6)
+  assert sum(x.size for x in kept.values()) == 4 * 17_920 + 3  # parameters, average, two moments; three counts of steps
+  assert all(np.abs(x).max() > 0 for name, x in kept.items() if "lora_b" in name)
+  studio = sample.restore(tmp_path / "eight", {})
+  assert "lora_a" in studio.params["blocks"]["mlp"]["up"] and "kernel" in studio.params["blocks"]["mlp"]["up"]
+  assert sample.compare(studio, "first", 1, studio.parts.buckets[0])[0].psnr["model"] > 0
 
 
 def test_a_run_saved_on_eight_devices_goes_on_with_four(straight, killed, start, tmp_path):
@@ -205,7 +227,7 @@ def test_every_field_of_the_base_config_is_read_by_the_assembly():
   source = "".join((ROOT / "anisora_jax" / "experiment" / name).read_text() for name in
                    ("parts.py", "train.py", "sample.py"))
   config, missing = base.get_config(), []
-  made = {"optimizer": optimizer.Optimizer, "codec": Pixels}
+  made = {"optimizer": optimizer.Optimizer, "codec": Pixels, "lora": Lora}
   whole = {"mesh", "tasks", "times"}  # read as a whole: their fields are checked by the parts that take them
   for section, fields in config.items():
     if not isinstance(fields, ConfigDict):
@@ -318,6 +340,21 @@ def test_help_explains_and_a_dry_run_says_what_a_step_takes(environment):
   assert all(word in said("--help") for word in ("--config", "--workdir", "--dry_run", "configs/base.py"))
   account = said("--config=configs/tiny.py", "--config.data.buckets=5x16x24@8", "--dry_run", *MESH)
   assert all(word in account for word in ("seq 2", "620,560", "5x16x24@8", "MiB", "FLOPs a step"))
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2, 1), (2, 2, 1, 2), (1, 4, 2, 1)], ids=str)
+def test_no_collective_of_a_step_can_overtake_those_of_a_loop(sizes):
+  """Or simulated devices may meet them in another order and wait for each other forever."""
+  axes = {f"mesh__{axis}": size for axis, size in zip(("data", "fsdp", "seq", "tensor"), sizes, strict=True)}
+  config = settings("", data__buckets="5x16x24@8", **axes)
+  made = parts.assemble(config)
+  chain, _ = optimizer.build(made.optimizer, parts.abstract_trained(made))
+  state, _ = train.training_state(made, chain)
+  run = train.compiled_step(made, chain, config, state)
+  lowered = run.lower(state, train.abstract_batch(made, made.buckets[0]), Frozen(made.codec))
+  hlo = lowered.compile(QUICK).as_text()
+  assert " while(" in hlo and "all-reduce(" in hlo
+  assert overtaking(hlo) == []
 
 
 def test_bfloat16_trains_with_float32_parameters(records):

@@ -1,15 +1,19 @@
 """A config becomes parts: mesh, codec, network, method. Impossible combinations are refused before anything runs."""
 
+import json
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from anisora_jax import keys
+from anisora_jax.adapters import lora
 from anisora_jax.diffusion.objective import WEIGHTS
 from anisora_jax.diffusion.times import TimeDraw
 from anisora_jax.errors import BadInput, pick
@@ -41,6 +45,7 @@ class Parts:
   network: WanDiT
   method: step.Method
   optimizer: optimizer.Optimizer
+  lora: lora.Lora | None
   buckets: tuple[Bucket, ...]
 
   def latent_shape(self, bucket: Bucket) -> tuple[int, int, int]:
@@ -57,8 +62,19 @@ class Parts:
     return bucket.batch * f * n, 3 * bucket.batch * self.size.forward_flops(f, n)
 
 
+def saved_config(folder: Path) -> ConfigDict:
+  """The config of the run in a folder. Raises BadInput where there is none."""
+  path = folder / "config.json"
+  if not path.is_file():
+    raise BadInput(f"{folder} holds no run, it has no config.json: give the --workdir of a training run.")
+  return ConfigDict(json.loads(path.read_text()))
+
+
 def velocity(network: WanDiT, given: bool, params: PyTree, x, t, condition, text):
   """The network as training and sampling call it."""
+  if network.fold:  # it folds the adapters of its blocks itself, block by block
+    rim = {name: part for name, part in params.items() if name != "blocks"}
+    params = {**network.fold(rim), "blocks": params["blocks"]}
   return network.apply({"params": params}, x, t, text, condition.channels() if given else None)
 
 
@@ -75,8 +91,12 @@ def assemble(config: ConfigDict, count: int | None = None) -> Parts:
   pick(REMAT, config.model.remat, "remat policy")
   dtype = pick(DTYPES, config.model.dtype, "dtype")
   attention.check(config.model.attention, config.model.kernel, mesh, size.heads, config.model.dtype)
+  adapted = lora.Lora(**config.lora.to_dict()) if config.lora.rank else None
+  if adapted and not config.model.weights:
+    raise BadInput(f"lora.rank is {adapted.rank} and there is no base to adapt: give --config.model.weights=PATH, or "
+                   "--config.lora.rank=0 to train the network itself.")
   network = WanDiT(size, mesh, config.model.attention, config.model.kernel, config.model.remat, dtype,
-                   config.model.gate)
+                   config.model.gate, adapted and partial(lora.fold, scale=adapted.scale))
   times, loss = config.times.to_dict(), config.loss
   times["late_from"] = round(times["late_from"] * config.train.steps)
   pick(WEIGHTS, loss.weight, "loss weight")
@@ -87,7 +107,7 @@ def assemble(config: ConfigDict, count: int | None = None) -> Parts:
   settings = {name: value for name, value in config.optimizer.items() if name != "ema"}
   parts = Parts(mesh=mesh, size=size, codec=made, words=Words(size.text_tokens, size.text_width), network=network,
                 method=method, optimizer=optimizer.Optimizer(steps=config.train.steps, **settings),
-                buckets=parse(config.data.buckets))
+                lora=adapted, buckets=parse(config.data.buckets))
   for bucket in parts.buckets:
     _check_bucket(parts, bucket)
   return parts
@@ -106,7 +126,7 @@ def _check_bucket(parts: Parts, bucket: Bucket) -> None:
 
 
 def abstract_params(parts: Parts) -> PyTree:
-  """Shapes and placement of the parameters; nothing is computed."""
+  """Shapes and placement of the network's parameters; nothing is computed."""
   f, h, w = parts.latent_shape(parts.buckets[0])
   b = meshes.batch_shards(parts.mesh)
   x = jnp.zeros((b, f, h, w, parts.size.channels))
@@ -116,12 +136,36 @@ def abstract_params(parts: Parts) -> PyTree:
   return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed)
 
 
+def abstract_trained(parts: Parts) -> PyTree:
+  """Shapes and placement of what is trained: the network's parameters, or adapters, split as their kernels are."""
+  base = abstract_params(parts)
+  if parts.lora is None:
+    return base
+  kernels = flatten_dict(base, sep="/")
+  shapes = flatten_dict(jax.eval_shape(partial(begin, parts), base), sep="/")
+
+  def place(path: str, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    layer, _, name = path.rpartition("/")
+    spec = kernels[f"{layer}/kernel"].sharding.spec
+    *stack, i, o = (*spec, *[None] * (leaf.ndim - len(spec)))
+    spec = jax.P(*stack, *((i, None) if name == "lora_a" else (None, o)))
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=jax.sharding.NamedSharding(parts.mesh, spec))
+
+  return unflatten_dict({path: place(path, leaf) for path, leaf in shapes.items()}, sep="/")
+
+
+def begin(parts: Parts, base: PyTree) -> PyTree:
+  """New adapters beside a base, of which only the shapes are read."""
+  return lora.begin(parts.lora, base, keys.key(parts.method.seed, 0, "init"))
+
+
 def init(parts: Parts, x) -> PyTree:
   b, f, h, w, _ = x.shape
   given = jnp.zeros((b, f, h, w, parts.size.given)) if parts.size.given else None
   image = jnp.zeros((b, parts.size.image_positions or 1, parts.size.image_width)) if parts.size.image_width else None
   text = jnp.zeros((b, parts.size.text_tokens, parts.size.text_width))
-  return parts.network.init(keys.key(parts.method.seed, 0, "init"), x, jnp.zeros((b, f)), text, given, image)["params"]
+  network = parts.network.clone(fold=None)
+  return network.init(keys.key(parts.method.seed, 0, "init"), x, jnp.zeros((b, f)), text, given, image)["params"]
 
 
 def loader(parts: Parts, config: ConfigDict, split: str, buckets: tuple[Bucket, ...] | None = None) -> mixture.Batches:

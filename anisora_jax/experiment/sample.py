@@ -15,11 +15,13 @@ from ml_collections import ConfigDict
 from tqdm.auto import tqdm
 
 from anisora_jax import keys
+from anisora_jax.adapters import lora
 from anisora_jax.checkpoints.orbax import Checkpoints
 from anisora_jax.diffusion.times import schedule
 from anisora_jax.errors import BadInput, pick
 from anisora_jax.evaluation import likeness, page
-from anisora_jax.experiment.parts import Parts, abstract_params, assemble, loader
+from anisora_jax.experiment import weights
+from anisora_jax.experiment.parts import Parts, abstract_params, abstract_trained, assemble, loader, saved_config
 from anisora_jax.loaders.buckets import Bucket
 from anisora_jax.models.codec import latent_shape
 from anisora_jax.parallel import mesh as meshes
@@ -34,14 +36,6 @@ from anisora_jax.training import report, state, step
 
 Films = UInt8[np.ndarray, "b F H W 3"]
 Masks = Bool[np.ndarray, "b F h w"]
-
-
-def saved_config(folder: Path) -> ConfigDict:
-  """The config of the run in a folder. Raises BadInput where there is none."""
-  path = folder / "config.json"
-  if not path.is_file():
-    raise BadInput(f"{folder} holds no run, it has no config.json: give the --workdir of a training run.")
-  return ConfigDict(json.loads(path.read_text()))
 
 
 @dataclass(frozen=True)
@@ -96,8 +90,11 @@ def restore(folder: Path, changes: dict[str, object], count: int | None = None) 
   with Checkpoints(folder / "checkpoints", keep=config.train.keep) as checkpoints:
     if not checkpoints.steps():
       raise BadInput(f"{folder} holds no finished checkpoint: train it first, with train --workdir {folder}.")
-    trained, now, _ = checkpoints.restore(state.TrainState(step=..., params=..., ema=abstract_params(parts), opt=...))
-  return Studio(config, parts, now.ema, trained)
+    trained, now, _ = checkpoints.restore(state.TrainState(step=..., params=..., ema=abstract_trained(parts), opt=...))
+  params = now.ema
+  if parts.lora:
+    params = lora.join(weights.read(Path(config.model.weights), parts.size, abstract_params(parts)), params)
+  return Studio(config, parts, params, trained)
 
 
 def make(studio: Studio, request: Request, prompt: str, out: Path, seed: int) -> None:

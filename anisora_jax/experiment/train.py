@@ -13,7 +13,17 @@ from ml_collections import ConfigDict
 
 from anisora_jax.checkpoints import workdir
 from anisora_jax.checkpoints.orbax import Checkpoints
-from anisora_jax.experiment.parts import Parts, abstract_params, assemble, init, loader, to_devices
+from anisora_jax.experiment import weights
+from anisora_jax.experiment.parts import (
+  Parts,
+  abstract_params,
+  abstract_trained,
+  assemble,
+  begin,
+  init,
+  loader,
+  to_devices,
+)
 from anisora_jax.loaders.buckets import Bucket
 from anisora_jax.parallel import mesh as meshes
 from anisora_jax.parallel import placement
@@ -21,8 +31,9 @@ from anisora_jax.training import loop, optimizer, report, state, step
 from anisora_jax.training.stop import Stop
 
 # What a run may be resumed with otherwise: where and how fast it runs and what it tells, not what it learns.
-MAY_CHANGE = ("mesh.*", "model.attention", "model.kernel", "model.remat", "data.threads", "data.records", "sample.*",
-              "train.steps", "train.report", "train.held_out", "train.checkpoint", "train.keep")
+MAY_CHANGE = ("mesh.*", "model.weights", "model.attention", "model.kernel", "model.remat", "data.threads",
+              "data.records", "sample.*", "train.steps", "train.report", "train.held_out", "train.checkpoint",
+              "train.keep")
 
 
 def abstract_batch(parts: Parts, bucket: Bucket) -> dict[str, jax.ShapeDtypeStruct]:
@@ -37,20 +48,26 @@ def abstract_batch(parts: Parts, bucket: Bucket) -> dict[str, jax.ShapeDtypeStru
           "stop": jax.ShapeDtypeStruct((parts.mesh.size,), np.int32, sharding=everywhere)}
 
 
-def _state(parts: Parts, chain, x) -> state.TrainState:
-  return state.create(init(parts, x), chain)
+def _state(parts: Parts, chain, base: PyTree | None, x) -> state.TrainState:
+  """base: parameters to start from, or to adapt."""
+  if parts.lora:
+    return state.create(begin(parts, base), chain)
+  return state.create(init(parts, x) if base is None else base, chain)
 
 
-def training_state(parts: Parts, chain) -> tuple[PyTree, Callable[[], state.TrainState]]:
-  """(shapes and placement of the state, function that makes it); no device ever holds a whole parameter of it."""
-  params = abstract_params(parts)
+def training_state(parts: Parts, chain) -> tuple[PyTree, Callable[[PyTree | None], state.TrainState]]:
+  """(shapes and placement of the state, function that makes it of parameters that were read, or of None).
+
+  No device ever holds a whole parameter of it.
+  """
+  params = abstract_trained(parts)
   f, h, w = parts.latent_shape(parts.buckets[0])
   x = jnp.zeros((meshes.batch_shards(parts.mesh), f, h, w, parts.size.channels))
   make = partial(_state, parts, chain)
-  shapes = jax.eval_shape(make, x)
+  shapes = jax.eval_shape(make, abstract_params(parts) if parts.lora else None, x)
   placed = placement.like(shapes, params, jax.tree.map(lambda leaf: leaf.sharding, params), parts.mesh)
   abstract = jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), shapes, placed)
-  return abstract, lambda: jax.jit(make, out_shardings=placed)(x)
+  return abstract, lambda base: jax.jit(make, out_shardings=placed)(base, x)
 
 
 def compiled_step(parts: Parts, chain, config: ConfigDict, abstract: PyTree):
@@ -60,7 +77,8 @@ def compiled_step(parts: Parts, chain, config: ConfigDict, abstract: PyTree):
                  out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, abstract), None))
 
 
-def held_out_loss(parts: Parts, config: ConfigDict) -> Callable[[state.TrainState], dict[str, float]]:
+def held_out_loss(parts: Parts, config: ConfigDict,
+                  frozen: step.Frozen) -> Callable[[state.TrainState], dict[str, float]]:
   """state -> held-out loss of the averaged parameters in each bin of noise time, on the same clips at every call."""
   measure = jax.jit(step.make_held_out(parts.method))
   clips = loader(parts, config, "held_out", parts.buckets[:1])
@@ -68,11 +86,23 @@ def held_out_loss(parts: Parts, config: ConfigDict) -> Callable[[state.TrainStat
   clips.close()
 
   def measures(now: state.TrainState) -> dict[str, float]:
-    bins = np.mean([measure(now.ema, batch, number) for number, batch in enumerate(batches)], axis=0)
+    bins = np.mean([measure(now.ema, batch, number, frozen) for number, batch in enumerate(batches)], axis=0)
     names = [f"held_out/t {(k + 0.5) / step.BINS:.1f}" for k in range(step.BINS)]
     return {"held_out": float(bins.mean()), **{name: float(value) for name, value in zip(names, bins, strict=True)}}
 
   return measures
+
+
+def parameters(parts: Parts) -> str:
+  """How many there are, for people."""
+  adapters = sum(leaf.size for leaf in jax.tree.leaves(abstract_trained(parts))) if parts.lora else 0
+  return f"{parts.size.parameters():,} parameters" + (f", {adapters:,} of adapters are trained" if adapters else "")
+
+
+def read_base(parts: Parts, config: ConfigDict) -> PyTree | None:
+  """The weights to start from or to adapt, on the mesh; None where the config names none."""
+  path = config.model.weights
+  return weights.read(Path(path), parts.size, abstract_params(parts)) if path else None
 
 
 def train(config: ConfigDict, folder: Path, say: Callable[[str], None] = print) -> None:
@@ -81,30 +111,34 @@ def train(config: ConfigDict, folder: Path, say: Callable[[str], None] = print) 
   with Stop() as stop, workdir.lock(folder, say):
     parts = assemble(config)
     batches = loader(parts, config, "train")
-    chain, _ = optimizer.build(parts.optimizer, abstract_params(parts))
+    chain, _ = optimizer.build(parts.optimizer, abstract_trained(parts))
     abstract, make = training_state(parts, chain)
     due = loop.Due(config.train.steps, config.train.report, config.train.held_out, config.train.checkpoint)
     plain = json.loads(config.to_json_best_effort())
     for field, change in workdir.keep_config(folder, plain, MAY_CHANGE).items():
       say(f"resumes with another {field}: {change}")
     with Checkpoints(folder / "checkpoints", keep=config.train.keep, say=say) as checkpoints:
-      began = 0
-      if checkpoints.steps():
+      began, fresh = 0, not checkpoints.steps()
+      base = read_base(parts, config) if parts.lora or fresh else None
+      if not fresh:
         began, now, position = checkpoints.restore(abstract)
         batches.seek(position)
         say(f"resumes after step {began} of {config.train.steps}.")
       else:
-        now = make()
-      say(f"{meshes.describe(parts.mesh)}; {parts.size.parameters():,} parameters; {batches.length} clips.")
+        now = make(base)
+      frozen = step.Frozen(parts.codec, base if parts.lora else None)
+      del base  # what was trained from it is a copy
+      run = compiled_step(parts, chain, config, abstract)
+      say(f"{meshes.describe(parts.mesh)}; {parameters(parts)}; {batches.length} clips.")
       peak = report.peak(meshes.device_kind(parts.mesh))
       clock = report.Clock(peak=peak and peak * parts.mesh.size)
       with report.Report(folder, began, config.train.steps, meshes.leads()) as out:
         effects = loop.Effects(
           place=partial(to_devices, parts), work=lambda batch: parts.work(_bucket_of(parts, batch)),
-          held_out=held_out_loss(parts, config) if config.train.held_out else lambda _: {},
+          held_out=held_out_loss(parts, config, frozen) if config.train.held_out else lambda _: {},
           save=lambda number, now, position: checkpoints.save(number, now, position, plain),
           wait=checkpoints.wait, report=out, say=out.say)
-        now, number, stopped = loop.run(now, compiled_step(parts, chain, config, abstract), batches, due, effects, stop,
+        now, number, stopped = loop.run(now, lambda now, batch: run(now, batch, frozen), batches, due, effects, stop,
                                         clock)
     batches.close()
     for name, reason in sorted(set(batches.bad)):
@@ -121,14 +155,15 @@ def _bucket_of(parts: Parts, batch: dict) -> Bucket:
 def dry_run(config: ConfigDict, say: Callable[[str], None] = print) -> None:
   """Says what a run would take, from the compiled step, and starts nothing."""
   parts = assemble(config)
-  chain, _ = optimizer.build(parts.optimizer, abstract_params(parts))
+  chain, _ = optimizer.build(parts.optimizer, abstract_trained(parts))
   abstract, _ = training_state(parts, chain)
   run = compiled_step(parts, chain, config, abstract)
+  frozen = step.Frozen(parts.codec, abstract_params(parts) if parts.lora else None)
   say(f"mesh        {meshes.describe(parts.mesh)}")
-  say(f"parameters  {parts.size.parameters():,}")
+  say(f"network     {parameters(parts)}")
   for bucket in parts.buckets:
     (f, n), (tokens, flops) = parts.frame_tokens(bucket), parts.work(bucket)
-    memory = run.lower(abstract, abstract_batch(parts, bucket)).compile().memory_analysis()
+    memory = run.lower(abstract, abstract_batch(parts, bucket), frozen).compile().memory_analysis()
     kept, worked = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     say(f"bucket      {bucket}: {f} frames x {n} tokens x {bucket.batch} clips = {tokens:,} tokens a step, "
         f"{flops:.3g} model FLOPs a step, {flops / parts.mesh.size:.3g} a device; memory of a device "
