@@ -12,7 +12,13 @@ over the cross-fade on these clips, so the goal asks for motion and not for a tr
 Why so: patches of 4 pixels, since patches of 8 leave the width no room for what attention fetches; latents times 4, so
 that the network speaks of pictures; times shifted as much toward noise, where motion is decided.
 
-Record: none yet; a full run is still to be made and measured here.
+Record, by the commands above, on 2 cores of an AMD EPYC (CPU only): 0.61 s a step when nothing else runs, so 61 minutes
+of training; 3.4 million parameters; 60 held-out clips:
+  in-betweens 26.03 dB, cross-fade 23.95 dB (+2.08);  first frame to film 21.75 dB, repeating it 19.35 dB (+2.40)
+Fewer, larger steps come nearer to the mean of all likely films, which PSNR rewards and eyes do not:
+  --steps 2: 26.56 and 22.32 dB;  --steps 1: 26.78 and 22.72 dB
+
+The films pan slowly on purpose, 1 to 2 % of their width a frame, so that both ends of a clip show much the same place.
 """
 
 from ml_collections import ConfigDict
