@@ -39,6 +39,8 @@ bench: .venv/test
 	$(BIN)/python bench/step.py
 	$(BIN)/python bench/loader.py
 	$(BIN)/python bench/checkpoint.py
+	$(BIN)/python bench/vae.py
+	$(BIN)/python bench/convert.py
 
 clean:
 	rm -rf $(OUT)

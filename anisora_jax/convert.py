@@ -3,6 +3,7 @@
   python -m anisora_jax.convert --from Wan2.1-I2V-14B-480P --to out/i2v --format diffusers --dtype bfloat16
   python -m anisora_jax.convert --from out/run --ema --to out/wan --format wan
   python -m anisora_jax.convert --from anisora.safetensors --to out/anisora --format ours
+  python -m anisora_jax.convert --from out/tuned --ema --to out/style --format lora_comfyui
 
 --from takes a .safetensors file, a folder of shards with their index, a folder of Wan, of diffusers or of ComfyUI, with
 one transformer or with two experts, a .pth file (torch reads it, running none of its code), a run's --workdir, or what
@@ -21,7 +22,8 @@ from anisora_jax.experiment import convert
 
 FROM = flags.DEFINE_string("from", None, "Weight file, or folder of weights or of a run.")
 TO = flags.DEFINE_string("to", None, "New folder for what is written.")
-FORMAT = flags.DEFINE_string("format", None, "ours; wan, the native repositories; diffusers; comfyui, one file.")
+FORMAT = flags.DEFINE_string("format", None, "ours; wan, the native repositories; diffusers; comfyui, one file. For "
+                             "adapters of a run: lora_diffusers, lora_peft, lora_comfyui or lora_kohya.")
 DTYPE = flags.DEFINE_string("dtype", "", "float32, bfloat16 or float16 for all tensors; by default each keeps its own.")
 SHARD = flags.DEFINE_float("shard_gb", 5.0, "Size of a file at most, in 10^9 bytes; comfyui and ours are not split.",
                            lower_bound=1e-6)

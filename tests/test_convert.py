@@ -171,7 +171,7 @@ def test_a_run_gives_its_parameters_or_their_average(tmp_path):
   trees = [names.from_torch({name: x.numpy() for name, x in model(size, seed=seed).state_dict().items()},
                             entries(size, "diffusers")) for seed in (0, 1)]
   (tmp_path / "run").mkdir()
-  (tmp_path / "run" / "config.json").write_text(json.dumps({"model": {"size": "tiny"}}))
+  (tmp_path / "run" / "config.json").write_text(json.dumps({"model": {"size": "tiny"}, "lora": {"rank": 0}}))
   with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
     checkpoints.save(3, {"step": jnp.int32(3), "params": trees[0], "ema": trees[1], "opt": (jnp.ones(2), {})}, {}, {})
   for ema, seed in ((False, 0), (True, 1)):
@@ -227,7 +227,7 @@ def abstract(size: Size, dtype=jnp.float32):
 def test_a_mesh_gets_every_array_in_its_place(form, published):
   _, size, made, root = published
   asked = abstract(size)
-  got = sources.read(root / form, size, asked)
+  got = sources.read(sources.source(root / form, size), asked)
   tensors = {name: x.float().numpy() for name, x in made.state_dict().items()}
   want = names.from_torch(tensors, entries(size, "diffusers"))
   for ours, theirs, place in zip(*map(jax.tree.leaves, (got, want, asked)), strict=True):
@@ -240,9 +240,9 @@ def test_a_mesh_refuses_weights_of_another_size_and_an_unnamed_expert(tmp_path):
   model(TEXT).save_pretrained(tmp_path / "pair" / "transformer")
   model(TEXT).save_pretrained(tmp_path / "pair" / "transformer_2")
   with pytest.raises(BadInput, match=r"holds a custom size.* and the model is wan21_i2v_14b: choose"):
-    sources.read(tmp_path / "pair" / "transformer", SIZES["wan21_i2v_14b"], {})
+    sources.source(tmp_path / "pair" / "transformer", SIZES["wan21_i2v_14b"])
   with pytest.raises(BadInput, match="two experts: say which, high_noise or low_noise"):
-    sources.read(tmp_path / "pair", TEXT, {})
+    sources.source(tmp_path / "pair", TEXT)
 
 
 def test_a_part_of_an_array_costs_the_memory_of_the_part(tmp_path):

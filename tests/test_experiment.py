@@ -18,13 +18,16 @@ from ml_collections import ConfigDict
 from overtake import overtaking
 from PIL import Image
 from quick import QUICK
+from safetensors.numpy import load_file
 
 from anisora_jax import errors
+from anisora_jax.adapters import files
 from anisora_jax.adapters.lora import Lora
 from anisora_jax.checkpoints.orbax import Checkpoints
 from anisora_jax.errors import BadInput
-from anisora_jax.experiment import parts, sample, train
+from anisora_jax.experiment import adapters, convert, parts, sample, train
 from anisora_jax.models.pixels import Pixels
+from anisora_jax.models.wan.names import NAMINGS, entries
 from anisora_jax.sampling.request import Request, lay_out, parse_keyframes
 from anisora_jax.training import optimizer
 from anisora_jax.training.step import Frozen
@@ -145,6 +148,18 @@ def test_adapters_train_beside_a_run_s_weights_the_same_on_every_mesh(straight, 
   studio = sample.restore(tmp_path / "eight", {})
   assert "lora_a" in studio.params["blocks"]["mlp"]["up"] and "kernel" in studio.params["blocks"]["mlp"]["up"]
   assert sample.compare(studio, "first", 1, studio.parts.buckets[0])[0].psnr["model"] > 0
+  up = kept[".params['blocks']['mlp']['up']['lora_b']"]
+  for form in adapters.FORMATS:
+    convert.convert(tmp_path / "eight", tmp_path / form, form)
+    tensors = load_file(next((tmp_path / form).glob("*.safetensors")))
+    assert len(tensors) == (3 if "comfyui" in form or "kohya" in form else 2) * 10 * 4
+    back, _ = files.read(tensors, {naming: entries(studio.parts.size, naming) for naming in NAMINGS})
+    np.testing.assert_allclose(back["blocks"]["mlp"]["up"]["lora_b"], 2 * up, rtol=1e-6)  # alpha / rank
+  with pytest.raises(BadInput, match="trained the network itself"):
+    convert.convert(straight, tmp_path / "none", "lora_peft")
+  with pytest.raises(BadInput, match="holds adapters and no whole network"):
+    convert.convert(tmp_path / "eight", tmp_path / "none", "wan")
+  assert not (tmp_path / "none").exists()
 
 
 def test_a_run_saved_on_eight_devices_goes_on_with_four(straight, killed, start, tmp_path):
@@ -253,6 +268,8 @@ def settings(records: Path, **changes) -> ConfigDict:
 
 WRONG = {  # a config's wrong fields -> what the line must say
   "a codec of other channels": (dict(codec__spatial=4), "channels"),
+  "weights that are not there": (dict(model__weights="nowhere"), "nowhere does not exist"),
+  "adapters beside nothing": (dict(lora__rank=4), "there is no base to adapt"),
   "a size nobody made": (dict(model__size="tiney"), "did you mean 'tiny'"),
   "a mesh of another count": (dict(mesh__seq=3), "needs"),
   "two free axes": (dict(mesh__seq=-1), "at most one is -1"),

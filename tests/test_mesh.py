@@ -197,7 +197,7 @@ def test_every_published_parameter_has_a_place_and_what_is_big_is_split(name):
   array = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
   made = jax.eval_shape(WanDiT(size, mesh.build()).init, jax.random.key(0), array((1, 1, 2, 2, size.channels)),
                         array((1, 1)), array((1, 1, size.text_width)), array((1, 1, 2, 2, size.given)),
-                        array((1, 1, size.image_width)) if size.image_width else None)["params"]
+                        array((1, size.image_positions or 1, size.image_width)) if size.image_width else None)["params"]
   placed = placement.shardings(RULES + (IMAGE_RULES if size.image_width else []), made, on)
   share = sum(np.prod(sharding.shard_shape(leaf.shape))
               for leaf, sharding in zip(jax.tree.leaves(made), jax.tree.leaves(placed), strict=True))

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from anisora_jax.checkpoints import tensor_file, weights
 from anisora_jax.checkpoints.tensor_file import PIECE, Spec, Stored, Tensor, nbytes
 from anisora_jax.errors import BadInput, pick
+from anisora_jax.experiment import adapters
 from anisora_jax.experiment.weights import EXPERTS, FOLDERS, Source, find, spoilt, write_ours
 from anisora_jax.models.wan import published
 from anisora_jax.models.wan.names import entries
@@ -26,7 +27,7 @@ from anisora_jax.models.wan.names import entries
 DTYPES = {name: np.dtype(dtype) for name, dtype in
           {"float32": np.float32, "bfloat16": jnp.bfloat16, "float16": np.float16}.items()}
 NAMING = {"wan": "native", "diffusers": "diffusers", "comfyui": "native"}  # format -> naming
-FORMATS = ("ours", *NAMING)
+FORMATS = ("ours", *NAMING, *adapters.FORMATS)
 CONFIG = {"wan": published.native_config, "diffusers": published.diffusers_config}
 SHARDS = "diffusion_pytorch_model"  # how Wan's own files and diffusers' begin
 WORKERS = 2  # one reads and sums while the other writes: more would wait for each other at the file they write
@@ -55,6 +56,14 @@ def convert(path: Path, to: Path, form: str, dtype: str = "", shard: float = 5e9
   cast = pick(DTYPES, dtype, "dtype") if dtype else None
   if os.path.lexists(to) and not (to.is_dir() and not any(to.iterdir())):
     raise BadInput(f"{to} exists and is no empty folder: give another --to.")
+  if form in adapters.FORMATS:
+    if dtype:
+      raise BadInput(f"--dtype {dtype} is not for adapters, which stay float32: leave it out.")
+    write = adapters.export(path, to, form, ema, say)
+    with _staged(to, 0) as folder:
+      write(folder)
+    say(f"{to}: written and read back.")
+    return
   found = find(path, ema)
   for expert, source in found.items():
     say(f"{source.where}{' ' * bool(expert)}{expert}: {published.title(source.size)}, {source.naming} names, "

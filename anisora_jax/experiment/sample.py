@@ -93,7 +93,8 @@ def restore(folder: Path, changes: dict[str, object], count: int | None = None) 
     trained, now, _ = checkpoints.restore(state.TrainState(step=..., params=..., ema=abstract_trained(parts), opt=...))
   params = now.ema
   if parts.lora:
-    params = lora.join(weights.read(Path(config.model.weights), parts.size, abstract_params(parts)), params)
+    base = weights.source(Path(config.model.weights), parts.size)
+    params = lora.join(weights.read(base, abstract_params(parts)), params)
   return Studio(config, parts, params, trained)
 
 

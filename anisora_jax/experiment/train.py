@@ -99,10 +99,10 @@ def parameters(parts: Parts) -> str:
   return f"{parts.size.parameters():,} parameters" + (f", {adapters:,} of adapters are trained" if adapters else "")
 
 
-def read_base(parts: Parts, config: ConfigDict) -> PyTree | None:
-  """The weights to start from or to adapt, on the mesh; None where the config names none."""
+def base_of(parts: Parts, config: ConfigDict) -> weights.Source | None:
+  """The weights to start from or to adapt, checked and not yet read; None where the config names none."""
   path = config.model.weights
-  return weights.read(Path(path), parts.size, abstract_params(parts)) if path else None
+  return weights.source(Path(path), parts.size) if path else None
 
 
 def train(config: ConfigDict, folder: Path, say: Callable[[str], None] = print) -> None:
@@ -115,11 +115,12 @@ def train(config: ConfigDict, folder: Path, say: Callable[[str], None] = print) 
     abstract, make = training_state(parts, chain)
     due = loop.Due(config.train.steps, config.train.report, config.train.held_out, config.train.checkpoint)
     plain = json.loads(config.to_json_best_effort())
+    fresh = not Checkpoints(folder / "checkpoints").steps()
+    source = base_of(parts, config) if parts.lora or fresh else None
     for field, change in workdir.keep_config(folder, plain, MAY_CHANGE).items():
       say(f"resumes with another {field}: {change}")
     with Checkpoints(folder / "checkpoints", keep=config.train.keep, say=say) as checkpoints:
-      began, fresh = 0, not checkpoints.steps()
-      base = read_base(parts, config) if parts.lora or fresh else None
+      began, base = 0, source and weights.read(source, abstract_params(parts))
       if not fresh:
         began, now, position = checkpoints.restore(abstract)
         batches.seek(position)

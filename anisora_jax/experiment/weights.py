@@ -137,7 +137,11 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _run(folder: Path, ema: bool) -> Source:
-  size = pick(SIZES, saved_config(folder).model.size, "model size")
+  config = saved_config(folder)
+  if config.lora.rank:
+    raise BadInput(f"{folder} holds adapters and no whole network: convert them to a lora_ format, or give the weights "
+                   f"beside which they were trained, {config.model.weights}.")
+  size = pick(SIZES, config.model.size, "model size")
   checkpoint = Checkpoints(folder / "checkpoints").newest()
   return _ours(folder, size, (checkpoint, "state", "ema" if ema else "params"))
 
@@ -170,22 +174,29 @@ def spoilt(name: str) -> BadInput:
   return BadInput(f"{name} was not read back as it was written: disk or memory may be failing; nothing was kept.")
 
 
-def read(path: Path, size: Size, abstract: PyTree, expert: str = "", ema: bool = False) -> PyTree:
-  """Puts weights of any format onto the mesh, an array at a time; each host reads what its devices hold.
+def source(path: Path, size: Size, expert: str = "", ema: bool = False) -> Source:
+  """The weights of any format for a network of this size; nothing is read but names and shapes.
 
-  abstract: our parameters as jax.ShapeDtypeStruct with shardings; their dtypes are what the weights become.
   expert: which of two. Raises BadInput, also for weights of another size.
   """
   found = find(path, ema)
   if expert not in found:
     raise BadInput(f"{path} holds two experts: say which, {' or '.join(found)}." if not expert else
                    f"{path} holds no expert {expert}: give the folder of both.")
-  source = found[expert]
-  if names.shapes(entries(source.size, "native")) != names.shapes(entries(size, "native")):
-    raise BadInput(f"{path} holds {published.title(source.size)} and the model is {published.title(size)}: choose that "
+  made = found[expert]
+  if names.shapes(entries(made.size, "native")) != names.shapes(entries(size, "native")):
+    raise BadInput(f"{path} holds {published.title(made.size)} and the model is {published.title(size)}: choose that "
                    "size, or other weights.")
-  if source.checkpoint:
-    return leaves.to_mesh(source.checkpoint[0], abstract, *source.checkpoint[1:])
+  return made
+
+
+def read(made: Source, abstract: PyTree) -> PyTree:
+  """Puts weights onto the mesh, an array at a time; each host reads what its devices hold.
+
+  abstract: our parameters as jax.ShapeDtypeStruct with shardings; their dtypes are what the weights become.
+  """
+  if made.checkpoint:
+    return leaves.to_mesh(made.checkpoint[0], abstract, *made.checkpoint[1:])
   total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
   with tqdm(total=total, desc="weights", unit="B", unit_scale=True, disable=not meshes.leads()) as bar:
-    return weights.to_mesh(source.tensors, entries(source.size, source.naming), abstract, bar.update)
+    return weights.to_mesh(made.tensors, entries(made.size, made.naming), abstract, bar.update)
