@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+import jax.numpy as jnp
+
 from anisora_jax.shapes import Latents, Times
 
 Network = Callable[[Latents, Times], Latents]  # (latents, noise time told) -> velocity, caption and condition bound
@@ -19,6 +21,9 @@ def text(captioned: Network, blank: Network, scale: float) -> Network:
 
   def guided(x: Latents, told: Times) -> Latents:
     away = blank(x, told)
+    # The second pass waits for the first: side by side they would take twice the memory, and on simulated devices
+    # their collectives could meet in another order and wait forever (see training.step.after).
+    x = jnp.where(jnp.isnan(away), away, x)
     return away + scale * (captioned(x, told) - away)
 
   return guided
