@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
+from compare import apart
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from quick import QUICK
 from safetensors.numpy import save_file
@@ -35,13 +36,6 @@ from anisora_jax.parallel import mesh, placement
 TEXT = text.TextSize(layers=3, width=24, heads=4, head_width=10, mlp=40, vocabulary=150)
 IMAGE = image.ImageSize(layers=4, width=24, heads=3, mlp=40, patch=6, side=30)
 CLOSE = 1e-5  # sums in another order differ by some f32 roundings of the largest number
-
-
-def apart(ours, theirs) -> float:
-  """The largest difference, relative to the largest number."""
-  ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
-  assert ours.shape == theirs.shape
-  return np.abs(ours - theirs).max() / np.abs(theirs).max()
 
 
 def randomised(model: torch.nn.Module) -> torch.nn.Module:

@@ -14,8 +14,10 @@ import numpy as np
 import pack
 import pytest
 import toons
+from diffusers import WanTransformer3DModel
 from ml_collections import ConfigDict
 from overtake import overtaking
+from peft import PeftModel
 from PIL import Image
 from quick import QUICK
 from safetensors.numpy import load_file
@@ -155,6 +157,11 @@ def test_adapters_train_beside_a_run_s_weights_the_same_on_every_mesh(straight, 
     assert len(tensors) == (3 if "comfyui" in form or "kohya" in form else 2) * 10 * 4
     back, _ = files.read(tensors, {naming: entries(studio.parts.size, naming) for naming in NAMINGS})
     np.testing.assert_allclose(back["blocks"]["mlp"]["up"]["lora_b"], 2 * up, rtol=1e-6)  # alpha / rank
+  model = WanTransformer3DModel(num_attention_heads=4, attention_head_dim=24, in_channels=25, out_channels=12,
+                                text_dim=64, ffn_dim=256, num_layers=4)
+  loaded = dict(PeftModel.from_pretrained(model, tmp_path / "lora_peft").named_parameters())
+  theirs = [loaded[f"base_model.model.blocks.{layer}.ffn.net.0.proj.lora_B.default.weight"] for layer in range(4)]
+  np.testing.assert_allclose(np.stack([x.detach().numpy().T for x in theirs]), 2 * up, rtol=1e-6)
   with pytest.raises(BadInput, match="trained the network itself"):
     convert.convert(straight, tmp_path / "none", "lora_peft")
   with pytest.raises(BadInput, match="holds adapters and no whole network"):

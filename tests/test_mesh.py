@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compare import apart
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from quick import QUICK
@@ -45,13 +46,6 @@ def dense_softmax(q, k, v, seen=None):
 def reference_pattern(q, k, v, segments, on, kernel):
   assert segments is None and on.size == 1
   return dense_softmax(*(x.reshape(x.shape[0], -1, *x.shape[-2:]) for x in (q, k, v))).reshape(q.shape)
-
-
-def apart(ours, theirs) -> float:
-  """The largest difference, relative to the largest number."""
-  ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
-  assert ours.shape == theirs.shape
-  return np.abs(ours - theirs).max() / np.abs(theirs).max()
 
 
 def on_mesh(shape: tuple[int, ...]):

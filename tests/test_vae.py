@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from compare import apart
 from diffusers import AutoencoderKLWan
 from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from einops import repeat
@@ -34,13 +35,6 @@ SIZES = {"wan21": WAN21, "wan22": replace(WAN21, decoder=8, shortcuts=True, patc
 CASES = [("wan21", (2, 9, 16, 24)), ("wan21", (1, 1, 24, 8)), ("wan22", (2, 9, 32, 48)), ("wan22", (1, 1, 48, 16))]
 # Tens of layers, each of which adds tens of terms in another order.
 CLOSE = 1e-5
-
-
-def apart(ours, theirs) -> float:
-  """The largest difference, relative to the largest number."""
-  ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
-  assert ours.shape == theirs.shape
-  return np.abs(ours - theirs).max() / np.abs(theirs).max()
 
 
 def witness(size: VAESize) -> AutoencoderKLWan:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from compare import apart
 from diffusers import WanTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from quick import QUICK
@@ -33,13 +34,6 @@ CASES = {  # size, clip [b, f, h, w], text tokens given, image tokens
 }
 # Elements and gradients that add tens of terms in another order differ by some f32 roundings of their largest.
 CLOSE = 1e-5
-
-
-def apart(ours, theirs) -> float:
-  """The largest difference, relative to the largest number."""
-  ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
-  assert ours.shape == theirs.shape
-  return np.abs(ours - theirs).max() / np.abs(theirs).max()
 
 
 def witness(size: Size) -> WanTransformer3DModel:
