@@ -43,8 +43,8 @@ def curved(x, told):
   return jnp.tanh(x + 0.5 * jnp.roll(x, 1, 1) - 0.3 * x[..., ::-1] + told) + 0.2 * told * x
 
 
-def walk(solver, velocity, plan, x):
-  """The states after every row, by a plain loop: what `sample` scans over."""
+def states_of(solver, velocity, plan, x):
+  """The states after every row, by a plain loop: what `walk` scans over."""
   memory, states, all_rows = solver.start(x), [x], sampler.rows(plan)
   for r in range(len(plan.told)):
     row = jax.tree.map(lambda leaf, r=r: leaf[r], all_rows)
@@ -54,6 +54,7 @@ def walk(solver, velocity, plan, x):
 
 
 sample = jax.jit(sampler.sample, static_argnums=(0, 4))
+walk = jax.jit(sampler.walk, static_argnums=(0, 4))
 
 
 def plan_of(columns):
@@ -132,7 +133,7 @@ def test_unipc_is_the_unipc_of_diffusers_at_every_step(steps, shift, start):
   theirs = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
   theirs.set_timesteps(sigmas=np.linspace(start, 0, steps + 1)[:-1])
   plan = plans.sync(theirs.sigmas.numpy(), np.ones(4))
-  states = walk(solvers.unipc, curved, plan, NOISE)
+  states = states_of(solvers.unipc, curved, plan, NOISE)
   x = torch.from_numpy(np.array(NOISE))
   for r, timestep in enumerate(theirs.timesteps):
     told = jnp.full(SHAPE[:2], float(theirs.sigmas[r]))
@@ -147,7 +148,7 @@ def test_euler_is_the_euler_of_diffusers():
   theirs = diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0)
   theirs.set_timesteps(sigmas=np.linspace(1, 0, 11)[:-1])
   plan = plans.sync(theirs.sigmas.numpy(), np.ones(4))
-  states = walk(solvers.euler, curved, plan, NOISE)
+  states = states_of(solvers.euler, curved, plan, NOISE)
   x = torch.from_numpy(np.array(NOISE))
   for r, timestep in enumerate(theirs.timesteps):
     told = jnp.full(SHAPE[:2], float(theirs.sigmas[r]))
@@ -173,7 +174,7 @@ def test_unipc_weights_are_exact_for_small_and_large_moves():
 
 @SOLVERS
 def test_a_frame_whose_time_stands_still_does_not_move(solver):
-  states, plan = walk(solver, curved, PLANS["staircase"], NOISE), PLANS["staircase"]
+  states, plan = states_of(solver, curved, PLANS["staircase"], NOISE), PLANS["staircase"]
   for r, f in np.argwhere(plan.tau[1:] == plan.tau[:-1]):
     np.testing.assert_array_equal(states[r + 1][:, f], states[r][:, f])
   for r, f in np.argwhere(plan.tau[1:] < plan.tau[:-1]):
@@ -183,8 +184,20 @@ def test_a_frame_whose_time_stands_still_does_not_move(solver):
 @SOLVERS
 def test_the_scan_is_the_loop(solver):
   plan = PLANS["staircase"]
-  states = walk(solver, curved, plan, sampler.begin(plan, NOISE, CLEAN))
+  states = states_of(solver, curved, plan, sampler.begin(plan, NOISE, CLEAN))
   np.testing.assert_allclose(sample(curved, plan, NOISE, CLEAN, solver), states[-1], atol=1e-6)
+
+
+@SOLVERS
+@given(cuts=st.sets(st.integers(1, 5)))
+@settings(max_examples=8, deadline=None)
+def test_a_plan_walked_in_pieces_is_the_plan_walked_at_once(cuts, solver):
+  plan, ends = PLANS["staircase"], [0, *sorted(cuts), 6]
+  x = sampler.begin(plan, NOISE, CLEAN)
+  memory, all_rows = solver.start(x), sampler.rows(plan)
+  for piece in map(slice, ends, ends[1:]):
+    x, memory = walk(curved, jax.tree.map(lambda leaf, piece=piece: leaf[piece], all_rows), x, memory, solver)
+  np.testing.assert_allclose(x, sample(curved, plan, NOISE, CLEAN, solver), atol=1e-6)
 
 
 @SOLVERS

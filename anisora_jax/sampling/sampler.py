@@ -1,5 +1,7 @@
 """Noise -> latents: one scan over the rows of a plan, with a solver and a (guided) network."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
@@ -25,6 +27,20 @@ def rows(plan: Plan) -> Row:
   return Row(tau=tau[:-1], tau_next=tau[1:], told=told, told_next=jnp.concatenate([told[1:], told[-1:]]))
 
 
+def walk(velocity: Network, rows: Row, x: Latents, memory: Any, solver: Solver) -> tuple[Latents, Any]:
+  """Some rows of a plan, one after the other: latents and the solver's memory before them -> those after.
+
+  A plan may be cut anywhere and walked piece by piece, each by another network: the memory, which starts as
+  solver.start(x), goes over the cut. velocity: as in `sample`.
+  """
+  batch, frames = x.shape[:2]
+
+  def at(x: Latents, told: jax.Array) -> Latents:
+    return velocity(x, jnp.broadcast_to(told, (batch, frames)))
+
+  return jax.lax.scan(lambda carry, row: (solver.step(at, carry[0], row, carry[1]), None), (x, memory), rows)[0]
+
+
 def sample(velocity: Network, plan: Plan, noise: Latents, clean: Latents, solver: Solver,
            held: Bool[Array, "b f h w 1"] | None = None) -> Latents:
   """Walks a plan from noise to clean latents.
@@ -33,15 +49,6 @@ def sample(velocity: Network, plan: Plan, noise: Latents, clean: Latents, solver
   what is given, in latent space; read where a frame starts below full noise and where `held`. held: True where the
   result must equal `clean` bit for bit, also inside frames that are otherwise made (regions).
   """
-  batch, frames = noise.shape[:2]
-
-  def at(x: Latents, told: jax.Array) -> Latents:
-    return velocity(x, jnp.broadcast_to(told, (batch, frames)))
-
-  def body(carry, row: Row):
-    x, memory = carry
-    return solver.step(at, x, row, memory), None
-
   x = begin(plan, noise, clean)
-  (x, _), _ = jax.lax.scan(body, (x, solver.start(x)), rows(plan))
+  x, _ = walk(velocity, rows(plan), x, solver.start(x), solver)
   return x if held is None else jnp.where(held, clean, x)
