@@ -194,10 +194,35 @@ def test_the_scan_is_the_loop(solver):
 def test_a_plan_walked_in_pieces_is_the_plan_walked_at_once(cuts, solver):
   plan, ends = PLANS["staircase"], [0, *sorted(cuts), 6]
   x = sampler.begin(plan, NOISE, CLEAN)
-  memory, all_rows = solver.start(x), sampler.rows(plan)
+  memory = solver.start(x)
   for piece in map(slice, ends, ends[1:]):
-    x, memory = walk(curved, jax.tree.map(lambda leaf, piece=piece: leaf[piece], all_rows), x, memory, solver)
+    x, memory = walk(curved, sampler.rows(plan, piece), x, memory, solver)
   np.testing.assert_allclose(x, sample(curved, plan, NOISE, CLEAN, solver), atol=1e-6)
+
+
+@pytest.mark.parametrize(("steps", "boundary", "experts"), [
+  (8, .9, [(0, slice(0, 3)), (1, slice(3, 8))]),
+  (40, .9, [(0, slice(0, 15)), (1, slice(15, 40))]),
+  (8, .892, [(0, slice(0, 4)), (1, slice(4, 8))]),
+  (8, 1.0, [(1, slice(0, 8))]),
+  (8, 0.0, [(0, slice(0, 8))]),
+  (8, None, [(0, slice(0, 8))]),
+])
+def test_noisy_rows_go_to_the_first_expert(steps, boundary, experts):
+  for multiplier in ([1, 1], [0, 1], [.3, 1]):  # what is given has no say
+    plan = plans.sync(shifted(steps, 5.0, .999), np.array(multiplier, np.float32))
+    assert sampler.pieces(plan, boundary) == experts
+
+
+def test_experts_by_turns_are_pieces_of_their_own():
+  plan = plan_of([[.9, .7, .7, .2, 0]]).replace(told=np.float32([[.9], [.1], [.8], [.2]]))
+  assert [expert for expert, _ in sampler.pieces(plan, .5)] == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("boundary", [-.1, 900.0])
+def test_a_boundary_is_a_noise_time(boundary):
+  with pytest.raises(BadInput, match=rf"in \[0, 1\], got {boundary:g}: Wan 2.2 has 0.9 or 0.875"):
+    sampler.pieces(PLANS["sync"], boundary)
 
 
 @SOLVERS
