@@ -141,6 +141,15 @@ def test_each_frame_follows_the_law(law, shift):
     assert_law(u[:, f], "uniform")
 
 
+@pytest.mark.parametrize(("low", "high"), [(0.9, 1.0), (0.0, 0.9), (0.2, 0.6)])
+@pytest.mark.parametrize("law", times.LAWS)
+def test_an_expert_draws_from_its_part_of_the_law(law, low, high):
+  t = drawn(TimeDraw(per_frame=0.5, law=law, shift=5.0, low=low, high=high))
+  assert low - 1e-6 <= t.min() and t.max() <= high + 1e-6
+  ends = [quantile(np.float64(end), law, 5.0) for end in (low, high)]
+  assert_law((quantile(t[:, 0], law, 5.0) - ends[0]) / (ends[1] - ends[0]), "uniform")
+
+
 def test_frames_apart_know_nothing_of_each_other():
   u = drawn(TimeDraw(per_frame=1.0))
   for a, b in [(0, 1), (2, 5)]:
@@ -188,6 +197,7 @@ def test_a_sample_draws_the_same_whatever_its_batch_mates():
   ({"per_frame": float("nan")}, "per_frame = nan is no probability: take 0 .. 1."),
   ({"shift": 0.0}, "shift 0.0 and block 1 must be positive."),
   ({"block": 0}, "shift 1.0 and block 0 must be positive."),
+  ({"low": 0.9, "high": 0.9}, "noise times from 0.9 to 0.9: take 0 <= low < high <= 1."),
 ])
 def test_a_wrong_draw_is_told_in_one_line(wrong, line):
   with pytest.raises(BadInput) as told:

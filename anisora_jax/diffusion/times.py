@@ -25,16 +25,25 @@ def shift_times(t: Float[Array, "*b"], shift: float) -> Float[Array, "*b"]:
   return shift * t / (shift * t + (1 - t))
 
 
-def schedule(steps: int, shift: float, start: float = 1.0) -> Float[Array, "{steps}+1"]:
-  """The times to sample at, from `start` (before the shift) to 0; Wan's UniPC starts at 0.999."""
+def schedule(steps: int, shift: float, start: float = 1.0, end: float = 0.0) -> Float[Array, "{steps}+1"]:
+  """The times to sample at, even before the shift, from `start` toward `end`, of which the last is 0 instead.
+
+  Wan's own UniPC walks from 0.999 toward 0, that of diffusers from 1 toward 0.001.
+  """
   if steps < 1:
     raise BadInput(f"{steps} sampling steps: take at least 1.")
-  return shift_times(jnp.linspace(start, 0.0, steps + 1), shift)
+  return shift_times(jnp.linspace(start, end, steps + 1).at[-1].set(0.0), shift)
 
 
-LAWS = {  # quantile u -> noise time, before the shift
-  "uniform": lambda u: u,
-  "logit_normal": lambda u: jax.nn.sigmoid(jax.scipy.special.ndtri(u)),
+def unshift_times(t: float, shift: float) -> float:
+  """The time that `shift_times` takes to t."""
+  return t / (t + shift * (1 - t))
+
+
+LAWS = {  # quantile u -> noise time, before the shift; and back
+  "uniform": (lambda u: u, lambda t: t),
+  "logit_normal": (lambda u: jax.nn.sigmoid(jax.scipy.special.ndtri(u)),
+                   lambda t: jax.scipy.stats.norm.cdf(jax.scipy.special.logit(t))),
 }
 
 
@@ -68,7 +77,8 @@ class TimeDraw:
 
   per_frame: probability that the frames of a sample draw apart. From scratch 0.2; adapting a trained scalar model 1.
   late_per_frame: the same from step `late_from` on; never, unless that is set. law: in LAWS. pattern: in PATTERNS.
-  block: frames of a group.
+  block: frames of a group. low, high: the part of the distribution that is drawn from, in noise times after the shift:
+  an expert learns only the times it will be asked at.
   """
 
   per_frame: float = 0.2
@@ -78,6 +88,8 @@ class TimeDraw:
   shift: float = 1.0
   pattern: str = "independent"
   block: int = 1
+  low: float = 0.0
+  high: float = 1.0
 
   def __post_init__(self):
     pick(LAWS, self.law, "law of noise times")
@@ -87,6 +99,8 @@ class TimeDraw:
         raise BadInput(f"{name} = {getattr(self, name)} is no probability: take 0 .. 1.")
     if self.shift <= 0 or self.block < 1:
       raise BadInput(f"shift {self.shift} and block {self.block} must be positive.")
+    if not 0 <= self.low < self.high <= 1:
+      raise BadInput(f"noise times from {self.low} to {self.high}: take 0 <= low < high <= 1.")
 
   def __call__(self, keys: Key[Array, "b"], f: int, step: Array | int) -> Times:
     """One time a frame for each sample's key."""
@@ -101,4 +115,8 @@ class TimeDraw:
 
   def at(self, u: Float[Array, "*b"]) -> Float[Array, "*b"]:
     """The noise time at quantile u of the distribution of a single frame's time."""
-    return shift_times(LAWS[self.law](u), self.shift)
+    law, quantile = LAWS[self.law]
+    if (self.low, self.high) != (0, 1):
+      low, high = (quantile(unshift_times(t, self.shift)) for t in (self.low, self.high))
+      u = low + u * (high - low)
+    return shift_times(law(u), self.shift)

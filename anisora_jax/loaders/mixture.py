@@ -14,14 +14,15 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import grain
 import numpy as np
 
 from anisora_jax.errors import BadInput
 from anisora_jax.loaders import buckets as bucket_sizes
-from anisora_jax.loaders import records, tfds, video
+from anisora_jax.loaders import latents, records, tfds, video
+from anisora_jax.loaders.clips import Clips
 
 POSITION = "global_next_index"
 _TRIES = 8  # records in a row that may be unreadable before the source counts as broken
@@ -59,6 +60,35 @@ def open_source(path: str, split: str) -> records.Records | tfds.TfdsClips:
   return records.Records(Path(path).expanduser(), split)
 
 
+@runtime_checkable
+class Rows(Protocol):
+  """A source as one bucket takes it.
+
+  row: (number of a record, generator of what is drawn for it) -> arrays by name and "caption"; raises video.Unreadable.
+  """
+
+  name: str
+
+  def __len__(self) -> int: ...
+
+  def row(self, number: int, draw: np.random.Generator | None) -> dict[str, Any]: ...
+
+
+def serve(sources: Sequence[Source], split: str, buckets: Sequence[bucket_sizes.Bucket],
+          fps: float) -> list[list[Rows]]:
+  """The sources as each bucket takes them. Raises BadInput, also where clips and latents are mixed."""
+  folders = [Path(source.path).expanduser() for source in sources]
+  encoded = [not source.path.startswith(tfds.PREFIX) and latents.is_encoded(folder)
+             for source, folder in zip(sources, folders, strict=True)]
+  if all(encoded):
+    return [[latents.Latents(folder, split, bucket) for folder in folders] for bucket in buckets]
+  if any(encoded):
+    raise BadInput(f"{folders[encoded.index(True)]} holds latents and {sources[encoded.index(False)].path} clips: "
+                   "train on one kind; encode turns clips into latents.")
+  opened = [open_source(source.path, split) for source in sources]
+  return [[Clips(clips, bucket, fps) for clips in opened] for bucket in buckets]
+
+
 class _Order:
   """Place in the order of one bucket -> (source, record), and whether the record counts."""
 
@@ -83,11 +113,14 @@ class _Order:
 class _HostBatches:
   """Global batch number -> this host's rows of it. Grain reads it from several threads at once."""
 
-  def __init__(self, sources: Sequence[Any], buckets: Sequence[bucket_sizes.Bucket], orders: Sequence[_Order],
-               turns: Any, *, fps: float, seed: int | None, shard: tuple[int, int]):
-    """turns: global batch number -> Turn. seed: of the first frame of each clip; None always takes the clip's first."""
-    self._sources, self._buckets, self._orders, self._turns = sources, buckets, orders, turns
-    self._fps, self._seed, self._shard = fps, seed, shard
+  def __init__(self, served: Sequence[Sequence[Rows]], buckets: Sequence[bucket_sizes.Bucket],
+               orders: Sequence[_Order], turns: Any, *, seed: int | None, shard: tuple[int, int]):
+    """served: the sources as each bucket takes them. turns: global batch number -> Turn.
+
+    seed: of what is drawn for each row; None draws nothing.
+    """
+    self._served, self._buckets, self._orders, self._turns = served, buckets, orders, turns
+    self._seed, self._shard = seed, shard
 
   def __len__(self) -> int:
     return len(self._turns) if hasattr(self._turns, "__len__") else sys.maxsize
@@ -96,40 +129,31 @@ class _HostBatches:
     turn = self._turns[int(batch)]
     bucket, (host, hosts) = self._buckets[turn.bucket], self._shard
     rows = bucket.batch // hosts
-    shape = (rows, bucket.frames, bucket.height, bucket.width)
-    out = {"frames": np.empty((*shape, 3), np.uint8), "character": np.empty(shape, bool), "caption": [],
-           "id": np.empty(rows, np.int64), "ok": np.empty(rows, np.float32), "bad": []}
+    out: dict[str, Any] = {"caption": [], "id": np.empty(rows, np.int64), "ok": np.empty(rows, np.float32), "bad": []}
     for row in range(rows):
       place = turn.number * bucket.batch + host * rows + row
       source, record, counts = self._orders[turn.bucket][place]
-      frames, character, caption, bad = self._clip(source, record, turn.bucket, place)
-      out["frames"][row], out["character"][row] = frames, character
-      out["caption"].append(caption)
+      made, bad = self._row(source, record, turn.bucket, place)
+      out["caption"].append(made.pop("caption"))
+      for name, array in made.items():
+        if row == 0:
+          out[name] = np.empty((rows, *array.shape), array.dtype)
+        out[name][row] = array
       out["id"][row], out["ok"][row] = source * 2**32 + record, counts and not bad
       out["bad"] += bad
     return out
 
-  def _clip(self, source: int, record: int, bucket: int, place: int) -> tuple[np.ndarray, np.ndarray, str, list]:
-    """Frames, character and caption of one record, or of the next readable one, and what could not be read."""
-    clips, bad = self._sources[source], []
-    for step in range(min(_TRIES, len(clips))):
-      number = (record + step) % len(clips)
+  def _row(self, source: int, record: int, bucket: int, place: int) -> tuple[dict[str, Any], list]:
+    """One record, or the next readable one, and what could not be read."""
+    served, bad = self._served[bucket][source], []
+    for step in range(min(_TRIES, len(served))):
+      number = (record + step) % len(served)
       try:
-        clip = clips[number]
-        return *self._look(clip, bucket, place), clip.caption, bad
+        draw = None if self._seed is None else np.random.default_rng([self._seed, bucket, place])
+        return served.row(number, draw), bad
       except video.Unreadable as error:
-        bad.append((f"{clips.name} record {number}", str(error)))
+        bad.append((f"{served.name} record {number}", str(error)))
     raise BadInput(f"{len(bad)} records in a row cannot be used, the first is {bad[0][0]}: {bad[0][1]}")
-
-  def _look(self, clip: Any, bucket: int, place: int) -> tuple[np.ndarray, np.ndarray]:
-    wanted, fps = self._buckets[bucket], clip.fps or self._fps
-    if video.paced_length(clip.frames, fps, self._fps) < wanted.frames:
-      raise video.Unreadable(f"{clip.id} is too short: {clip.frames} frames at {fps:g} fps make fewer than "
-                             f"{wanted.frames} at {self._fps:g} fps")
-    span = video.pace(fps, self._fps, wanted.frames)
-    spare = clip.frames - 1 - int(span[-1])
-    first = 0 if self._seed is None else int(np.random.default_rng([self._seed, bucket, place]).integers(spare + 1))
-    return clip.look(first + span, video.Size(wanted.height, wanted.width))
 
 
 class Batches(Iterator[dict[str, Any]]):
@@ -144,9 +168,10 @@ class Batches(Iterator[dict[str, Any]]):
   Raises BadInput.
 
   A batch, rows b = the bucket's batch / hosts:
-    frames uint8 [b, F, H, W, 3], character bool [b, F, H, W] (the tracked one), caption list of b,
-    id int64 [b] (source * 2**32 + record),
-    ok float32 [b] (0 where a record could not be read and another clip stands in: drop its loss)
+    of clips:   frames uint8 [b, F, H, W, 3], character bool [b, F, H, W] (the tracked one);
+    of latents: latents, known float16 [b, f, h, w, c], mask bool [b, F, h, w], text [b, s, e], maybe image [b, i, y];
+    of both:    caption list of b, id int64 [b] (source * 2**32 + record),
+                ok float32 [b] (0 where a record could not be read and another clip stands in: drop its loss)
   """
 
   def __init__(self, sources: str | Sequence[Source], buckets: str | Sequence[bucket_sizes.Bucket], *, fps: float | int,
@@ -155,17 +180,19 @@ class Batches(Iterator[dict[str, Any]]):
     buckets = bucket_sizes.parse(buckets) if isinstance(buckets, str) else tuple(buckets)
     fps = float(fps)
     _check(split, fps, seed, shard, threads)
-    opened = [open_source(source.path, split) for source in sources]
     for bucket in buckets:
-      _check_bucket(bucket, opened, fps, shard[1])
-    train, lengths = split == "train", [len(clips) for clips in opened]
+      if bucket.batch % shard[1]:
+        raise BadInput(f"bucket {bucket}: a batch of {bucket.batch} does not divide among {shard[1]} hosts; take a "
+                       "multiple.")
+    served = serve(sources, split, buckets, fps)
+    train, lengths = split == "train", [[len(rows) for rows in of_bucket] for of_bucket in served]
     weights = [source.weight for source in sources] if train else None
-    orders = [_Order(lengths, weights, (seed, number)) for number in range(len(buckets))]
+    orders = [_Order(counts, weights, (seed, number)) for number, counts in enumerate(lengths)]
     turns = bucket_sizes.Schedule(buckets, seed) if train else [
       bucket_sizes.Turn(number, k) for number, bucket in enumerate(buckets)
-      for k in range(-(-sum(lengths) // bucket.batch))]
-    rows = _HostBatches(opened, buckets, orders, turns, fps=fps, seed=seed if train else None, shard=shard)
-    self.length = sum(lengths)
+      for k in range(-(-sum(lengths[number]) // bucket.batch))]
+    rows = _HostBatches(served, buckets, orders, turns, seed=seed if train else None, shard=shard)
+    self.length = max(map(sum, lengths))
     self.bad: list[tuple[str, str]] = []
     self._batches = iter(grain.MapDataset.source(rows).to_iter_dataset(
       grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)))
@@ -204,15 +231,3 @@ def _check(split: str, fps: float, seed: int, shard: tuple[int, int], threads: i
     raise BadInput(f"host {shard[0]} of {shard[1]}: hosts count from 0 to one less than their number.")
   if not 0 <= threads <= 256:
     raise BadInput(f"{threads} loader threads: allowed are 0 to 256.")
-
-
-def _check_bucket(bucket: bucket_sizes.Bucket, sources: Sequence[Any], fps: float, hosts: int) -> None:
-  """Refuses what could never be a batch."""
-  if bucket.batch % hosts:
-    raise BadInput(f"bucket {bucket}: a batch of {bucket.batch} does not divide among {hosts} hosts; take a multiple.")
-  for clips in sources:
-    held = None if clips.seconds is None else round(clips.seconds * fps)
-    if held is not None and held < bucket.frames:
-      raise BadInput(f"bucket {bucket} asks for {bucket.frames} frames, but clips of {clips.name} last "
-                     f"{clips.seconds:g} s, {held} frames at {fps:g} fps; take fewer frames, more fps, or pack with "
-                     f"--clip_seconds {math.ceil(bucket.frames / fps * 10) / 10:g} or more.")

@@ -135,6 +135,29 @@ def read_index(folder: Path) -> dict:
     raise BadInput(f"{path} is damaged ({error!r}): pack the films again into another folder.") from error
 
 
+def open_shards(folder: Path, shards: Sequence[dict], index: str) -> tuple[ArrayRecordDataSource | None, int]:
+  """(the records of some shards by number, their count). shards: their rows of the file `index`.
+
+  Raises BadInput where one is missing or cut short.
+  """
+  for shard in shards:
+    path = folder / shard["name"]
+    size = path.stat().st_size if path.is_file() else None
+    if size != shard["bytes"]:
+      raise BadInput(f"{path} {'is missing' if size is None else f'has {size} bytes'}: {index} says {shard['bytes']} "
+                     "bytes; copy the folder again, or make it anew.")
+  full = [str(folder / shard["name"]) for shard in shards if shard["records"]]
+  return ArrayRecordDataSource(full) if full else None, sum(shard["records"] for shard in shards)
+
+
+def read(source: ArrayRecordDataSource, number: int) -> bytes:
+  """The bytes of one record. Raises video.Unreadable where the shard is damaged."""
+  try:
+    return source[int(number)]
+  except (ValueError, RuntimeError, IndexError, OSError) as error:
+    raise video.Unreadable(f"the shard is damaged here ({' '.join(str(error).split())})") from error
+
+
 class Records:
   """The records of one split of a folder, by number: `records[i]` is a Clip.
 
@@ -145,24 +168,12 @@ class Records:
   def __init__(self, folder: Path, split: str):
     index = read_index(folder)
     self.name, self.seconds = str(folder), float(index["clip_seconds"])
-    shards = index["splits"][split]
-    for shard in shards:
-      path = folder / shard["name"]
-      size = path.stat().st_size if path.is_file() else None
-      if size != shard["bytes"]:
-        raise BadInput(f"{path} {'is missing' if size is None else f'has {size} bytes'}: {INDEX} says {shard['bytes']} "
-                       "bytes; copy the folder again, or pack the films again.")
-    self._length = sum(shard["records"] for shard in shards)
+    self._source, self._length = open_shards(folder, index["splits"][split], INDEX)
     if not self._length:
       raise BadInput(f"{folder} holds no {split!r} records: pack more or longer films, or a larger --held_out share.")
-    self._source = ArrayRecordDataSource([str(folder / shard["name"]) for shard in shards if shard["records"]])
 
   def __len__(self) -> int:
     return self._length
 
   def __getitem__(self, number: int) -> Clip:
-    try:
-      record = self._source[int(number)]
-    except (ValueError, RuntimeError, IndexError, OSError) as error:
-      raise video.Unreadable(f"the shard is damaged here ({' '.join(str(error).split())})") from error
-    return from_bytes(record)
+    return from_bytes(read(self._source, number))

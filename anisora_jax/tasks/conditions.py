@@ -6,6 +6,7 @@ frame p > 0 lands in latent frame (p + m - 1) // m, channel (p + m - 1) mod m. F
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from einops import rearrange, reduce, repeat
 from flax import struct
@@ -20,16 +21,22 @@ class Condition:
 
   mask: 1 = given. known: latents of the given pixels, hidden pixels mid-grey. held: cells given in every pixel frame
   they cover; they need no loss and come out of sampling as they went in. frozen: frames all of whose cells are held.
+  image: tokens of given pictures, by an image encoder, for transformers that read them.
   """
 
   mask: Mask
   known: Latents
   held: Bool[Array, "b f h w 1"]
   frozen: Bool[Array, "b f"]
+  image: Float[Array, "b i y"] | None = None
 
   def channels(self) -> Float[Array, "b f h w g"]:
     """Mask, then known latents: the channels that follow the noisy latents into the transformer."""
     return jnp.concatenate([self.mask, self.known], axis=-1)
+
+  def told_by_mask_alone(self) -> "Condition":
+    """The same, nothing of it held or frozen: given frames are noised and made like all others, as Wan trained."""
+    return self.replace(held=jnp.zeros_like(self.held), frozen=jnp.zeros_like(self.frozen))
 
 
 def pack(mask: Bool[Array, "b F h w"], stride: int) -> Mask:
@@ -50,8 +57,25 @@ def cells_touched(character: Bool[Array, "b F H W"], size: int) -> PixelMask:
   return reduce(character, "b F (h p) (w q) -> b F h w", "max", p=size, q=size)
 
 
-def condition(frames: Frames, mask: PixelMask, encode: Callable[[Frames], Latents], stride: int) -> Condition:
-  """What is given of `frames` (in [-1, 1]) under a mask."""
+def of_latents(mask: PixelMask, known: Latents, stride: int, image: Float[Array, "b i y"] | None = None) -> Condition:
+  """What is given under a mask, of which the latents are known already."""
   packed = pack(mask, stride)
   held = packed.min(-1, keepdims=True) > 0
-  return Condition(mask=packed, known=encode(hide(frames, mask)), held=held, frozen=held.all((2, 3, 4)))
+  return Condition(mask=packed, known=known, held=held, frozen=held.all((2, 3, 4)), image=image)
+
+
+def condition(frames: Frames, mask: PixelMask, encode: Callable[[Frames], Latents], stride: int) -> Condition:
+  """What is given of `frames` (in [-1, 1]) under a mask."""
+  return of_latents(mask, encode(hide(frames, mask)), stride)
+
+
+def pictures(frames: Frames, mask: PixelMask, count: int) -> Float[Array, "b {count} H W 3"]:
+  """The given pictures that an image encoder sees, hidden pixels mid-grey.
+
+  count: 1, the first frame that is given whole, or frame 0 where none is (AniSora shows its first picture, wherever it
+  stands); 2, the first and the last frame (Wan 2.1 first-last-frame).
+  """
+  hidden, whole = hide(frames, mask), mask.all((2, 3))
+  if count == 2:
+    return hidden[:, jnp.array([0, -1])]
+  return jax.vmap(lambda clip, at: clip[at][None])(hidden, whole.argmax(1))

@@ -21,11 +21,11 @@ from anisora_jax.diffusion import objective, path
 from anisora_jax.diffusion.times import TimeDraw
 from anisora_jax.models.codec import Codec
 from anisora_jax.shapes import Films, Frames, Latents, Scalar, Times
-from anisora_jax.tasks.conditions import Condition, cells_touched, condition
+from anisora_jax.tasks.conditions import Condition, cells_touched, condition, of_latents
 from anisora_jax.tasks.masks import Mixture
 from anisora_jax.training.state import TrainState
 
-Batch = Mapping[str, Array]  # frames, character, text, ok, stop: see `loaders.mixture` and `training.loop`
+Batch = Mapping[str, Array]  # see `loaders.mixture` and, for stop, `training.loop`
 Measures = dict[str, Array]
 
 
@@ -34,7 +34,9 @@ class Method:
   """What is trained, and how tasks, times and noise are drawn.
 
   velocity: (params, x, t, condition, text) -> velocity. drop_text, drop_condition: probability that a sample is trained
-  without its caption, or with nothing given. micro_batches: parts of a batch whose gradients are added up.
+  without its caption, or with nothing given. given: the share of their noise time that frames have which are given
+  whole: at 0 they are clean and need no loss; above, they are trained like the others. micro_batches: parts of a batch
+  whose gradients are added up. blank: text tokens of the empty caption.
   """
 
   velocity: Callable[[PyTree, Latents, Times, Condition, Array], Latents]
@@ -44,19 +46,22 @@ class Method:
   weight: str = "none"
   drop_text: float = 0.1
   drop_condition: float = 0.05
+  given: float = 0.0
   seed: int = 0
   micro_batches: int = 1
+  blank: Float[Array, "s e"] | float = 0.0
 
 
 @struct.dataclass
 class Frozen:
   """What a step reads and never changes: an argument of compiled functions, or it would become their constants.
 
-  base: parameters beside which the trained ones stand, as adapters; None where all are trained.
+  base: parameters beside which the trained ones stand, as adapters; None where all are trained. blank: as of Method.
   """
 
   codec: Codec
   base: PyTree | None = None
+  blank: Float[Array, "s e"] | float = 0.0
 
 
 def bind(method: Method, frozen: Frozen | None) -> Method:
@@ -67,16 +72,17 @@ def bind(method: Method, frozen: Frozen | None) -> Method:
   if base is not None:
     def velocity(params, *rest):
       return method.velocity(lora.join(base, params), *rest)
-  return replace(method, codec=frozen.codec, velocity=velocity)
+  return replace(method, codec=frozen.codec, velocity=velocity, blank=frozen.blank)
 
 
 @struct.dataclass
 class Lesson:
-  """One noised batch: what the network gets and what it should say."""
+  """One noised batch: what the network gets and what it should say. share: of its sample's noise time, a frame's."""
 
   clean: Latents
   noise: Latents
   t: Times
+  share: Times
   given: Condition
   text: Float[Array, "b s e"]
   ok: Float[Array, "b"]
@@ -87,22 +93,38 @@ def unit(frames: Films) -> Frames:
   return frames.astype(jnp.float32) / 127.5 - 1
 
 
+def seen(method: Method, batch: Batch, stream: Callable[[str], Array],
+         kept: Bool[Array, "b"]) -> tuple[Latents, Condition]:
+  """(clean latents, what is given) of a batch of clips, or of latents whose masks were drawn when they were encoded.
+
+  stream: purpose -> a key for each sample. kept: False where nothing may be given.
+  """
+  codec = method.codec
+  if "latents" in batch:
+    stored = {name: batch[name].astype(jnp.float32) for name in ("latents", "known", "image") if name in batch}
+    return stored["latents"], of_latents(batch["mask"], stored["known"], codec.temporal, stored.get("image"))
+  frames = unit(batch["frames"])
+  mask = method.tasks(stream("task"), cells_touched(batch["character"], codec.spatial), codec.temporal)
+  mask = mask & kept[:, None, None, None]
+  return codec.encode(frames), condition(frames, mask, codec.encode, codec.temporal)
+
+
 def lesson(method: Method, batch: Batch, step: Array | int, samples: Int[Array, "b"],
            key: Callable[[str], Array]) -> Lesson:
   """Draws task, times and noise of each sample. key: of a purpose; samples: numbers in the whole batch."""
   def stream(purpose: str) -> Array:
     return keys.per_sample(key(purpose), samples)
 
-  frames, codec = unit(batch["frames"]), method.codec
-  mask = method.tasks(stream("task"), cells_touched(batch["character"], codec.spatial), codec.temporal)
   drop = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(stream("drop"))
-  mask = mask & (drop[:, 0] >= method.drop_condition)[:, None, None, None]
-  text = jnp.where((drop[:, 1] >= method.drop_text)[:, None, None], batch["text"], 0.0)
-  clean = codec.encode(frames)
-  given = condition(frames, mask, codec.encode, codec.temporal)
+  text = batch["text"].astype(jnp.float32)
+  text = jnp.where((drop[:, 1] >= method.drop_text)[:, None, None], text, method.blank)
+  clean, given = seen(method, batch, stream, drop[:, 0] >= method.drop_condition)
   noise = jax.vmap(lambda key: jax.random.normal(key, clean.shape[1:]))(stream("noise"))
-  t = jnp.where(given.frozen, 0.0, method.times(stream("time"), clean.shape[1], step))
-  return Lesson(clean=clean, noise=noise, t=t, given=given, text=text, ok=batch["ok"])
+  share = jnp.where(given.frozen, method.given, 1.0)
+  t = share * method.times(stream("time"), clean.shape[1], step)
+  if method.given:
+    given = given.told_by_mask_alone()
+  return Lesson(clean=clean, noise=noise, t=t, share=share, given=given, text=text, ok=batch["ok"])
 
 
 def errors(method: Method, params: PyTree, it: Lesson) -> tuple[Times, Bool[Array, "b f"]]:
@@ -189,7 +211,7 @@ def make_held_out(method: Method) -> Callable[..., Float[Array, "bins"]]:
                 lambda purpose: jax.random.fold_in(stream, keys.PURPOSES[purpose]))
 
     def at(t: Scalar) -> Scalar:
-      found, counted = errors(bound, params, it.replace(t=jnp.where(it.given.frozen, 0.0, t)))
+      found, counted = errors(bound, params, it.replace(t=t * it.share))
       total, count = objective.loss_sums(found, jnp.ones_like(found), counted)
       return total / jnp.maximum(count, 1.0)
 

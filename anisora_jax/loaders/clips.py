@@ -1,0 +1,49 @@
+"""Rows of a batch out of a source of clips: which frames of a clip, at which pace and size."""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from anisora_jax.errors import BadInput
+from anisora_jax.loaders import video
+from anisora_jax.loaders.buckets import Bucket
+
+
+def spans(clip: Any, bucket: Bucket, fps: float) -> tuple[np.ndarray, int]:
+  """(indices of the frames that a bucket takes from frame 0 on, how many frames later they may begin at most).
+
+  A clip that states no rate of its own plays at `fps`. Raises video.Unreadable for a clip that is too short.
+  """
+  own = clip.fps or fps
+  if video.paced_length(clip.frames, own, fps) < bucket.frames:
+    raise video.Unreadable(f"{clip.id} is too short: {clip.frames} frames at {own:g} fps make fewer than "
+                           f"{bucket.frames} at {fps:g} fps")
+  span = video.pace(own, fps, bucket.frames)
+  return span, clip.frames - 1 - int(span[-1])
+
+
+class Clips:
+  """The clips of a source as one bucket wants them. Raises BadInput for clips that are all too short."""
+
+  def __init__(self, source: Any, bucket: Bucket, fps: float):
+    self.name, self._source, self._bucket, self._fps = source.name, source, bucket, fps
+    held = None if source.seconds is None else round(source.seconds * fps)
+    if held is not None and held < bucket.frames:
+      raise BadInput(f"bucket {bucket} asks for {bucket.frames} frames, but clips of {source.name} last "
+                     f"{source.seconds:g} s, {held} frames at {fps:g} fps; take fewer frames, more fps, or pack with "
+                     f"--clip_seconds {math.ceil(bucket.frames / fps * 10) / 10:g} or more.")
+
+  def __len__(self) -> int:
+    return len(self._source)
+
+  def row(self, number: int, draw: np.random.Generator | None) -> dict[str, Any]:
+    """Frames, character and caption of one clip. draw: of its first frame; None takes its first.
+
+    Raises video.Unreadable.
+    """
+    clip = self._source[number]
+    span, spare = spans(clip, self._bucket, self._fps)
+    first = 0 if draw is None else int(draw.integers(spare + 1))
+    frames, character = clip.look(first + span, video.Size(self._bucket.height, self._bucket.width))
+    return {"frames": frames, "character": character, "caption": clip.caption}
