@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from anisora_jax.diffusion.times import schedule
 from anisora_jax.errors import BadInput
 from anisora_jax.sampling import guidance, plans, sampler, solvers
 
@@ -198,6 +199,27 @@ def test_a_plan_walked_in_pieces_is_the_plan_walked_at_once(cuts, solver):
   for piece in map(slice, ends, ends[1:]):
     x, memory = walk(curved, sampler.rows(plan, piece), x, memory, solver)
   np.testing.assert_allclose(x, sample(curved, plan, NOISE, CLEAN, solver), atol=1e-6)
+
+
+@pytest.mark.parametrize("shift", [3.0, 5.0, 8.0])
+def test_whole_times_are_the_timesteps_of_diffusers(shift):
+  diffusers = pytest.importorskip("diffusers")
+  theirs = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+  for steps in range(1, 61):
+    for start, end in ((.999, 0), (1, .001)):
+      theirs.set_timesteps(sigmas=np.linspace(start, end, steps + 1)[:-1])
+      plan = plans.sync(schedule(steps, shift, float(start), float(end)), np.ones(1), whole=True)
+      np.testing.assert_allclose(plan.tau[:, 0], theirs.sigmas.numpy(), atol=2e-6)  # theirs has 1 - 1e-6 for 1
+      np.testing.assert_array_equal(plan.told[:, 0], np.float32(theirs.timesteps.numpy() / 1000))
+
+
+def test_whole_times_of_eight_steps():
+  sigmas = schedule(8, 5.0, .999)
+  plan, exact = (plans.sync(sigmas, np.array([0, .5, 1], np.float32), whole) for whole in (True, False))
+  np.testing.assert_array_equal(np.round(plan.told * 1000).T, [
+    [0] * 8, [499, 486, 468, 446, 416, 374, 312, 208], [999, 972, 937, 892, 833, 749, 624, 416]])
+  np.testing.assert_array_equal(plan.tau, exact.tau)
+  assert sampler.pieces(plan, .892) == [(0, slice(0, 4)), (1, slice(4, 8))]  # a row at the boundary is above it
 
 
 @pytest.mark.parametrize(("steps", "boundary", "experts"), [

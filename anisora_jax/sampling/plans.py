@@ -44,11 +44,13 @@ def _refuse(tau: Float[np.ndarray, "rows f"]) -> None:
     raise BadInput(f"frame {frame} ends at noise time {tau[-1, frame]:g}: a sampling plan must end at 0.")
 
 
-def sync(sigmas: Float[np.ndarray, "rows"] | Float[Array, "rows"], multiplier: Column) -> Plan:
+def sync(sigmas: Float[np.ndarray, "rows"] | Float[Array, "rows"], multiplier: Column, whole: bool = False) -> Plan:
   """All frames walk one schedule, each scaled by its own multiplier.
 
   sigmas: noise times of the shared schedule, falling to 0. multiplier: 1 makes the frame, 0 keeps it as given bit for
-  bit, between the two the frame starts from its given latents under that share of noise and may change.
+  bit, between the two the frame starts from its given latents under that share of noise and may change. whole: tell the
+  network whole thousandths, rounded down, 0.999 at most, as a model trained on the timesteps 0 .. 999 was told; the
+  solver still moves by the exact times. Wan's UniPC does so.
   Raises BadInput for times or multipliers outside [0, 1], and for times that rise or do not end at 0.
   From: Liu et al. 2025, Pusa, arXiv:2507.16116.
   """
@@ -57,7 +59,10 @@ def sync(sigmas: Float[np.ndarray, "rows"] | Float[Array, "rows"], multiplier: C
     raise BadInput(f"a frame's noise multiplier lies between 0 (given) and 1 (made), got {multiplier.tolist()}.")
   _refuse(sigmas[:, None])
   tau = sigmas[:, None] * multiplier[None]
-  return Plan(tau=tau, told=tau[:-1], start=np.where(multiplier == 1, np.float32(1), tau[0]))
+  told = tau[:-1]
+  if whole:
+    told = np.minimum(np.floor(1000 * told), 999) / 1000
+  return Plan(tau=tau, told=told, start=np.where(multiplier == 1, np.float32(1), tau[0]))
 
 
 PLANS = {"sync": sync}  # name in configs -> function
