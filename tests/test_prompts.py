@@ -126,7 +126,9 @@ def test_a_keyframe_is_the_nearest_eighth_frame_of_the_film(position, groups):
   assert abs(frame - reached) < 4 or (abs(frame - reached) == 4 and frame % 16 == 0)
 
 
-@pytest.mark.parametrize(("frames", "near"), [(80, (73, 81)), (77, (73, 81)), (82, (81, 89)), (1000, (993, 1001)), (0, (1, 9))])
+@pytest.mark.parametrize(("frames", "near"), [
+  (80, (73, 81)), (77, (73, 81)), (82, (81, 89)), (1000, (993, 1001)), (0, (1, 9)),
+])
 def test_a_film_that_cannot_hold_its_last_keyframe_is_refused(frames, near):
   message = spoken(prompts.keyframe, 0.5, frames)
   assert message.startswith(f"a film of {frames} frames") and message.endswith(f"example {near[0]} or {near[1]}.")
