@@ -4,11 +4,14 @@
   python -m anisora_jax.convert --from out/run --ema --to out/wan --format wan
   python -m anisora_jax.convert --from anisora.safetensors --to out/anisora --format ours
   python -m anisora_jax.convert --from out/tuned --ema --to out/style --format lora_comfyui
+  python -m anisora_jax.convert --from out/tuned --ema --to out/whole --format wan
+  python -m anisora_jax.convert --from Wan2.2-I2V-A14B --to out/fast --format comfyui --lora high_noise=fast.safetensors
 
 --from takes a .safetensors file, a folder of shards with their index, a folder of Wan, of diffusers or of ComfyUI, with
 one transformer or with two experts, a .pth file (torch reads it, running none of its code), a run's --workdir, or what
-this program wrote. Which transformer it is, is seen from its tensors. Two experts stay two. What is written appears
-whole, or not at all.
+this program wrote. Which transformer it is, is seen from its tensors. Two experts stay two. Of a run that trained
+adapters the network is the weights beside which it did, with the adapters added. What is written appears whole, or not
+at all.
 """
 
 import signal
@@ -28,6 +31,9 @@ DTYPE = flags.DEFINE_string("dtype", "", "float32, bfloat16 or float16 for all t
 SHARD = flags.DEFINE_float("shard_gb", 5.0, "Size of a file at most, in 10^9 bytes; comfyui and ours are not split.",
                            lower_bound=1e-6)
 EMA = flags.DEFINE_bool("ema", False, "Of a run, the averaged parameters.")
+LORA = flags.DEFINE_multi_string("lora", [], "File of adapters to add to the weights, by any naming; high_noise=FILE "
+                                 "or low_noise=FILE where there are two experts. May be given again.")
+LORA_SCALE = flags.DEFINE_float("lora_scale", 1.0, "How often the adapters of --lora count.")
 
 
 def main() -> None:
@@ -36,7 +42,8 @@ def main() -> None:
   form = entry.needed("format", "diffusers")
   signal.signal(signal.SIGTERM, signal.default_int_handler)  # what stops it ends it as Ctrl-C does
   try:
-    convert.convert(path, to, form, DTYPE.value, SHARD.value * 1e9, EMA.value)
+    choice = convert.Choice(EMA.value, LORA.value, LORA_SCALE.value)
+    convert.convert(path, to, form, DTYPE.value, SHARD.value * 1e9, choice)
   except KeyboardInterrupt:
     print(f"stopped: nothing was written to {to}", file=sys.stderr)
     sys.exit(130)

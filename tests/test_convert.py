@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tracemalloc
+import weakref
 from copy import deepcopy
 from dataclasses import replace
 from functools import cache
@@ -17,20 +18,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from diffusers import WanTransformer3DModel
+from compare import apart
+from diffusers import WanPipeline, WanTransformer3DModel
+from diffusers.loaders import lora_conversion_utils
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
+from flax.traverse_util import unflatten_dict
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from anisora_jax import errors
+from anisora_jax.adapters import files, lora
 from anisora_jax.checkpoints import tensor_file, weights
 from anisora_jax.checkpoints.orbax import Checkpoints
 from anisora_jax.errors import BadInput
 from anisora_jax.experiment import weights as sources
-from anisora_jax.experiment.convert import convert
+from anisora_jax.experiment.convert import Choice, convert
 from anisora_jax.models import names
 from anisora_jax.models.wan import placement as rules
-from anisora_jax.models.wan.names import entries
+from anisora_jax.models.wan.names import NAMINGS, entries
 from anisora_jax.models.wan.sizes import SIZES, Size
 from anisora_jax.parallel import mesh, placement
 
@@ -68,6 +74,21 @@ def state(folder: Path) -> dict[str, torch.Tensor]:
   return {name: x for path in sorted(folder.glob("*.safetensors")) for name, x in load_file(path).items()}
 
 
+def loaded_from(folder: Path, dtype=torch.float32) -> WanTransformer3DModel:
+  return WanTransformer3DModel.from_pretrained(folder, torch_dtype=dtype)
+
+
+@torch.no_grad()
+def velocity(net: torch.nn.Module, size: Size) -> torch.Tensor:
+  """What a network says of some latents, in f32: half precision has no kernels for all of it here."""
+  draw = torch.Generator().manual_seed(1)
+  frames = 2 if size.image_positions else 1  # the witness takes the tokens of both frames as two of the batch
+  image = torch.randn(frames, size.image_positions // frames or 3, size.image_width, generator=draw)
+  inputs = (torch.randn(1, size.channels + size.given, 1, 4, 4, generator=draw), torch.tensor([500.0]),
+            torch.randn(1, 512, size.text_width, generator=draw), image if size.image_width else None)
+  return deepcopy(net).float()(*inputs).sample
+
+
 def same(a: dict, b: dict) -> bool:
   return a.keys() == b.keys() and all(
     a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a)
@@ -98,20 +119,13 @@ def test_every_variant_comes_home_bit_by_bit_through_every_format(published, tmp
 def test_diffusers_loads_what_we_write_and_says_the_same(published, tmp_path):
   _, size, made, root = published
   convert(root / "wan", tmp_path / "back", "diffusers", shard=4e5, say=quiet)
-  loaded = WanTransformer3DModel.from_pretrained(tmp_path / "back", torch_dtype=made.dtype)
+  loaded = loaded_from(tmp_path / "back", made.dtype)
   own = {"_name_or_path", "_diffusers_version", "_use_default_values"}
   assert {k: v for k, v in loaded.config.items() if k not in own} == \
     {k: list(v) if isinstance(v, tuple) else v for k, v in made.config.items() if k not in own}
-  draw = torch.Generator().manual_seed(1)
-  frames = 2 if size.image_positions else 1  # the witness takes the tokens of both frames as two of the batch
-  image = torch.randn(frames, size.image_positions // frames or 3, size.image_width, generator=draw)
-  inputs = (torch.randn(1, size.channels + size.given, 1, 4, 4, generator=draw), torch.tensor([500.0]),
-            torch.randn(1, 512, size.text_width, generator=draw), image if size.image_width else None)
-  with torch.no_grad():  # in f32: half precision has no kernels for all of it here
-    theirs, ours = (deepcopy(net).float()(*inputs).sample for net in (made, loaded))
   assert same(dict(loaded.float().state_dict()), dict(deepcopy(made).float().state_dict()))
   # Not to the bit: how a mapped file lies in memory decides in which order kernels add.
-  assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
+  assert apart(velocity(loaded, size), velocity(made, size)) < 1e-5
 
 
 def test_our_files_are_the_librarys_and_the_librarys_are_ours(tmp_path):
@@ -175,9 +189,181 @@ def test_a_run_gives_its_parameters_or_their_average(tmp_path):
   with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
     checkpoints.save(3, {"step": jnp.int32(3), "params": trees[0], "ema": trees[1], "opt": (jnp.ones(2), {})}, {}, {})
   for ema, seed in ((False, 0), (True, 1)):
-    convert(tmp_path / "run", tmp_path / str(seed), "diffusers", ema=ema, say=quiet)
+    convert(tmp_path / "run", tmp_path / str(seed), "diffusers", choice=Choice(ema), say=quiet)
     loaded = WanTransformer3DModel.from_pretrained(tmp_path / str(seed)).state_dict()
     assert same(dict(loaded), dict(model(size, seed=seed).state_dict()))
+
+
+LORA = lora.Lora(rank=2, alpha=3.0)
+
+
+def drawn_adapters(size: Size, seed: int = 0) -> dict:
+  """Adapters of all that `Lora` meets by default, large enough to be seen."""
+  shapes = unflatten_dict({path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in
+                           names.shapes(entries(size, "native")).items()}, sep="/")
+  draw = np.random.default_rng(seed)
+  return jax.tree.map(lambda x: draw.normal(size=x.shape).astype(np.float32) / 4,
+                      jax.eval_shape(lambda: lora.begin(LORA, shapes, jax.random.key(0))))
+
+
+def lora_file(path: Path, size: Size, form: str, **more: torch.Tensor) -> Path:
+  tensors = files.write(drawn_adapters(size), LORA.scale, {naming: entries(size, naming) for naming in NAMINGS}, form)
+  path.parent.mkdir(exist_ok=True)
+  save_file({name: torch.tensor(x) for name, x in tensors.items()} | more, path)
+  return path
+
+
+READERS = {  # format -> how diffusers reads it: its own renaming, the prefix that is left
+  "diffusers": (lambda x: x, "transformer"), "peft": (lambda x: x, "base_model.model"),
+  "comfyui": (lora_conversion_utils._convert_non_diffusers_wan_lora_to_diffusers, "transformer"),
+  "kohya": (lora_conversion_utils._convert_musubi_wan_lora_to_diffusers, "transformer"),
+}
+
+
+@pytest.mark.parametrize("form", files.FORMATS)
+def test_adapters_merged_into_weights_say_what_diffusers_says_with_them_beside(form, tmp_path):
+  size, made = VARIANTS["i2v"], model(VARIANTS["i2v"])
+  more = {"diffusion_model.blocks.1.ffn.0.diff_b": torch.linspace(-1, 1, size.mlp)} if form == "comfyui" else {}
+  file = lora_file(tmp_path / "style.safetensors", size, form, **more)
+  made.save_pretrained(tmp_path / "base")
+  convert(tmp_path / "base", tmp_path / "to", "diffusers", choice=Choice(loras=[str(file)], scale=0.5), say=quiet)
+  rename, prefix = READERS[form]
+  beside = deepcopy(made)
+  beside.load_lora_adapter(rename(load_file(file)), prefix=prefix, adapter_name="style")
+  beside.set_adapters(["style"], [0.5])
+  theirs = velocity(beside, size)
+  assert apart(velocity(made, size), theirs) > 0.01
+  assert apart(velocity(loaded_from(tmp_path / "to"), size), theirs) < 1e-5
+
+
+@pytest.mark.parametrize("writer", ["peft", "diffusers"])
+def test_the_alpha_that_peft_and_diffusers_write_beside_adapters_counts(writer, tmp_path):
+  made, torch_draw = deepcopy(model(TEXT)), torch.Generator().manual_seed(2)
+  settings = LoraConfig(r=2, lora_alpha=7, target_modules=["to_q", "ffn.net.0.proj"], lora_bias=True)
+  made.save_pretrained(tmp_path / "base")
+  tuned = get_peft_model(made, settings)
+  with torch.no_grad():
+    for name, p in tuned.named_parameters():
+      if "lora_" in name:
+        p.copy_(torch.randn(p.shape, generator=torch_draw) / 4)
+  if writer == "peft":
+    tuned.save_pretrained(tmp_path / "lora")
+  else:
+    WanPipeline.save_lora_weights(tmp_path / "lora", get_peft_model_state_dict(tuned),
+                                  transformer_lora_adapter_metadata=tuned.peft_config["default"].to_dict())
+    found = load_file(tmp_path / "lora" / "pytorch_lora_weights.safetensors")
+    found = {name.replace("transformer.base_model.model.", "transformer."): x for name, x in found.items()}
+    with safe_open(tmp_path / "lora" / "pytorch_lora_weights.safetensors", "pt") as file:
+      save_file(found, tmp_path / "lora" / "pytorch_lora_weights.safetensors", file.metadata())
+  convert(tmp_path / "base", tmp_path / "to", "diffusers", choice=Choice(loras=[str(tmp_path / "lora")]), say=quiet)
+  assert apart(velocity(loaded_from(tmp_path / "to"), TEXT), velocity(tuned, TEXT)) < 1e-5
+
+
+def tuned_run(folder: Path, base: Path, size: str = "tiny") -> tuple[dict, dict]:
+  """The folder of a run that trained adapters beside a base; the adapters and their average."""
+  trees = [drawn_adapters(SIZES[size], seed) for seed in (0, 1)]
+  folder.mkdir()
+  (folder / "config.json").write_text(json.dumps({
+    "model": {"size": size, "weights": str(base)}, "lora": {"rank": LORA.rank, "alpha": LORA.alpha}}))
+  with Checkpoints(folder / "checkpoints") as checkpoints:
+    checkpoints.save(3, {"step": jnp.int32(3), "params": trees[0], "ema": trees[1], "opt": (jnp.ones(2), {})}, {}, {})
+  return tuple(trees)
+
+
+@pytest.mark.parametrize("form", ["source", "ours"])
+def test_a_run_of_adapters_gives_its_base_with_them(form, tmp_path):
+  size = SIZES["tiny"]
+  made = model(size, torch.bfloat16)
+  made.save_pretrained(tmp_path / "source")
+  convert(tmp_path / "source", tmp_path / "ours", "ours", say=quiet)
+  trees = tuned_run(tmp_path / "run", tmp_path / form)
+  tensors, table = {name: x.float().numpy() for name, x in made.state_dict().items()}, entries(size, "diffusers")
+  base = names.from_torch(tensors, table)
+  for ema, tree in zip((False, True), trees, strict=True):
+    want = names.to_torch(jax.tree.map(np.asarray, lora.merge(base, tree, LORA.scale)), table)
+    convert(tmp_path / "run", tmp_path / f"f32 {ema}", "diffusers", "float32", choice=Choice(ema), say=quiet)
+    got = state(tmp_path / f"f32 {ema}")
+    assert max(apart(got[name], x) for name, x in want.items()) < 1e-6
+    for number, kept in enumerate(["wan", "ours", "diffusers"]):
+      source = tmp_path / f"{number - 1} {ema}" if number else tmp_path / "run"
+      convert(source, tmp_path / f"{number} {ema}", kept, choice=Choice(ema and not number), say=quiet)
+    assert same(state(tmp_path / f"2 {ema}"), {name: x.bfloat16() for name, x in got.items()})
+    assert same(dict(loaded_from(tmp_path / f"f32 {ema}").state_dict()), got)
+  placed = sources.read(sources.source(tmp_path / "run", size, ema=True), abstract(size))
+  for ours, theirs in zip(*map(jax.tree.leaves, (placed, lora.merge(base, trees[1], LORA.scale))), strict=True):
+    assert apart(ours, theirs) < 1e-6
+  (tmp_path / "source").rename(tmp_path / "elsewhere")
+  (tmp_path / "ours").rename(tmp_path / "elsewhere" / "ours")
+  with pytest.raises(BadInput, match=r"holds adapters, and of the weights beside which they .*does not exist"):
+    convert(tmp_path / "run", tmp_path / "no", "wan", say=quiet)
+
+
+def test_merging_holds_few_tensors_at_once(tmp_path, monkeypatch):
+  model(SIZES["tiny"]).save_pretrained(tmp_path / "base")
+  tuned_run(tmp_path / "run", tmp_path / "base")
+  alive, most, cast = weakref.WeakSet(), [0], weights.cast
+
+  class Watched(np.ndarray):
+    pass
+
+  def watched(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    made = cast(array, dtype).view(Watched)
+    alive.add(made)
+    most[0] = max(most[0], len(alive))
+    return made
+
+  Watched.__hash__ = object.__hash__
+  monkeypatch.setattr(weights, "cast", watched)
+  convert(tmp_path / "run", tmp_path / "to", "wan", say=quiet)
+  assert 1 <= most[0] <= 3  # one for each worker, one that is handed over
+
+
+def test_an_expert_gets_the_adapters_that_are_named_for_it(tmp_path):
+  size = VARIANTS["wan22_i2v"]
+  made = [model(size, seed=seed) for seed in (0, 1)]
+  for folder, expert in zip(("transformer", "transformer_2"), made, strict=True):
+    expert.save_pretrained(tmp_path / "pair" / folder)
+  file = lora_file(tmp_path / "a=b" / "fast.safetensors", size, "comfyui")
+  convert(tmp_path / "pair", tmp_path / "to", "diffusers", choice=Choice(loras=[f"low_noise={file}"]), say=quiet)
+  assert same(state(tmp_path / "to" / "transformer"), dict(made[0].state_dict()))
+  changed = state(tmp_path / "to" / "transformer_2")
+  assert {name for name, x in made[1].state_dict().items() if not torch.equal(x, changed[name])} == {
+    name for name in changed if ("ffn" in name or ".to_" in name) and "weight" in name}
+  twice = Choice(loras=[f"low_noise={file}", f"low_noise={file}"], scale=0.5)
+  convert(tmp_path / "pair", tmp_path / "twice", "diffusers", choice=twice, say=quiet)
+  again = state(tmp_path / "twice" / "transformer_2")
+  assert max(apart(again[name], x) for name, x in changed.items()) < 1e-6
+  for given, source, words in [
+    (str(file), "pair", "two experts: say for which --lora .*fast.safetensors is, high_noise=.* or low_noise="),
+    (f"high_noise={file}", "pair/transformer", "holds one transformer and no high_noise: give --lora "),
+    (str(tmp_path / "gone"), "pair/transformer", "gone")]:
+    with pytest.raises(BadInput, match=words) as mistake:
+      convert(tmp_path / source, tmp_path / "no", "wan", choice=Choice(loras=[given]), say=quiet)
+    assert "\n" not in str(mistake.value)
+  assert not (tmp_path / "no").exists()
+
+
+def test_adapters_that_cannot_be_merged_are_refused_in_one_line(tmp_path):
+  model(TEXT).save_pretrained(tmp_path / "base")
+  strange = lora_file(tmp_path / "strange.safetensors", TEXT, "comfyui", loha_w1_a=torch.zeros(2))
+  rooted = lora_file(tmp_path / "lora" / "adapter_model.safetensors", TEXT, "peft")
+  (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps({"use_rslora": True, "lora_alpha": 4}))
+  large = lora_file(tmp_path / "large.safetensors", TEXT, "comfyui", **{
+    "diffusion_model.blocks.0.ffn.0.diff_b": torch.full((TEXT.mlp,), 7e4)})
+  other = lora_file(tmp_path / "other.safetensors", replace(TEXT, width=256, heads=2), "kohya")
+  for file, form, dtype, words in [
+    (strange, "wan", "", "strange.safetensors: loha_w1_a is no adapter of this base"),
+    (rooted, "wan", "", "trained with peft's use_rslora, which is not read here: merge it by peft"),
+    (large, "wan", "float16", "beyond what float16 holds"), (large, "ours", "float16", "beyond what float16 holds"),
+    (other, "wan", "", "do not fit a base of 128 inputs"),
+    (other, "lora_peft", "", "is merged into weights and not into adapters")]:
+    with pytest.raises(BadInput, match=words) as mistake:
+      convert(tmp_path / "base", tmp_path / "no", form, dtype, choice=Choice(loras=[str(file)]), say=quiet)
+    assert "\n" not in str(mistake.value)
+  (tmp_path / "lora" / "adapter_config.json").write_text("{")
+  with pytest.raises(BadInput, match="the settings of peft beside its tensors cannot be read"):
+    convert(tmp_path / "base", tmp_path / "no", "wan", choice=Choice(loras=[str(tmp_path / "lora")]), say=quiet)
+  assert not (tmp_path / "no").exists()
 
 
 def test_dtypes_are_kept_or_changed_as_torch_changes_them(tmp_path):
@@ -424,11 +610,14 @@ def test_the_entry_point_converts_and_ends_as_it_should(sharded, tmp_path):
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parents[1])})
 
-  good = run("--from", str(sharded), "--to", "out/wan", "--format", "wan", "--dtype", "bfloat16")
+  file = str(lora_file(tmp_path / "style.safetensors", TEXT, "kohya"))
+  good = run("--from", str(sharded), "--to", "out/wan", "--format", "wan", "--dtype", "bfloat16", "--lora", file,
+             "--lora_scale", "0.5")
   os.mkfifo(tmp_path / "x.safetensors")
   stuck = run("--from", str(tmp_path / "x.safetensors"), "--to", "out/no", "--format", "wan")
   out, err = good.communicate()
   assert good.returncode == 0 and "custom size" in out and "bfloat16" in out and "CRC-32" in out
+  assert "names of kohya, added 0.5 times" in out
   assert "100%" in err and len(state(tmp_path / "out/wan")) == len(model(TEXT).state_dict())
   with (tmp_path / "x.safetensors").open("wb"):  # opens when it is read, and then gives nothing
     stuck.send_signal(signal.SIGTERM)

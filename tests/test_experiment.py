@@ -164,9 +164,11 @@ def test_adapters_train_beside_a_run_s_weights_the_same_on_every_mesh(straight, 
   np.testing.assert_allclose(np.stack([x.detach().numpy().T for x in theirs]), 2 * up, rtol=1e-6)
   with pytest.raises(BadInput, match="trained the network itself"):
     convert.convert(straight, tmp_path / "none", "lora_peft")
-  with pytest.raises(BadInput, match="holds adapters and no whole network"):
-    convert.convert(tmp_path / "eight", tmp_path / "none", "wan")
   assert not (tmp_path / "none").exists()
+  convert.convert(tmp_path / "eight", tmp_path / "merged", "diffusers", choice=convert.Choice(ema=True))
+  merged = load_file(next((tmp_path / "merged").glob("*.safetensors")))["blocks.1.ffn.net.0.proj.weight"].T
+  kernel, a, b = (np.asarray(studio.params["blocks"]["mlp"]["up"][name])[1] for name in ("kernel", "lora_a", "lora_b"))
+  np.testing.assert_allclose(merged, kernel + 2 * a @ b, rtol=1e-5, atol=1e-6)
 
 
 def test_a_run_saved_on_eight_devices_goes_on_with_four(straight, killed, start, tmp_path):

@@ -5,7 +5,7 @@ there is an alpha; `diff` and `diff_b` are added to weight and bias as they are.
 lora_conversion_utils.py, kohya's networks/lora.py and ComfyUI's comfy/lora.py.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -67,17 +67,22 @@ def _split(name: str) -> tuple[str, str]:
   return next(((name.removesuffix(end), part) for end, part in SUFFIXES.items() if name.endswith(end)), ("", ""))
 
 
-def read(tensors: Tensors, tables: Mapping[str, Sequence[Tensor]]) -> tuple[dict, str]:
+def read(tensors: Tensors, tables: Mapping[str, Sequence[Tensor]], alpha: float | None = None) -> tuple[dict, str]:
   """(adapters, for a scale of 1, f32; name of their format).
 
-  tables: naming -> names table of the base. Layers without an adapter get zeros. Raises BadInput for tensors whose
-  naming is unknown, that come alone, or that do not fit the base.
+  tables: naming -> names table of the base. alpha: of adapters without one of their own, their rank by default. Layers
+  without an adapter get zeros. Raises BadInput for tensors whose naming is unknown, that come alone, or that do not fit
+  the base.
   """
   form_name, modules = _recognise(list(tensors), tables)
   parts: dict[str, dict[str, np.ndarray]] = {}
   for name, tensor in tensors.items():
     module, part = _split(name)
     parts.setdefault(module, {})[part] = np.asarray(tensor, np.float32)
+  for found in parts.values() if alpha is not None else ():
+    if "down" in found and "alpha" not in found:  # peft counts the bias of `up` as often as the rest
+      scaled = {"diff_b": found["diff_b"] * np.float32(alpha / len(found["down"]))} if "diff_b" in found else {}
+      found.update(alpha=np.float32(alpha), **scaled)
   placed: dict[str, list[tuple[Tensor, np.ndarray]]] = {}
   for module, found in parts.items():
     for path, row, array in _ours(module, found, modules[module]):
@@ -129,6 +134,20 @@ def _stack(path: str, pieces: Sequence[tuple[Tensor, np.ndarray]]) -> np.ndarray
   for row, array in pieces:
     made[row.at + tuple(slice(side) for side in array.shape)] = array
   return made
+
+
+def change(adapters: Mapping[str, np.ndarray], row: Tensor) -> Callable[[], np.ndarray] | None:
+  """What makes that which adapters add to a tensor of the base, in its layout, f32; None where they add nothing.
+
+  adapters: by path, for a scale of 1.
+  """
+  layer, parts = row.path.removesuffix("kernel"), []
+  pair = [adapters[layer + name][row.at] for name in ("lora_a", "lora_b") if layer + name in adapters]
+  if row.path.endswith("/kernel") and pair and all(x.any() for x in pair):
+    parts.append(lambda: np.matmul(*(np.asarray(x, np.float32) for x in pair)))
+  if row.path + "_diff" in adapters and adapters[row.path + "_diff"][row.at].any():
+    parts.append(lambda: np.asarray(adapters[row.path + "_diff"][row.at], np.float32))
+  return (lambda: row.leaf.to_torch(sum(part() for part in parts))) if parts else None
 
 
 def write(adapters: Mapping, scale: float, tables: Mapping[str, Sequence[Tensor]], format_name: str) -> Tensors:

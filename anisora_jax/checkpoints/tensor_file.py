@@ -106,6 +106,15 @@ def _field(dtype: str, shape: list[int], data_offsets: list[int]) -> tuple[str, 
 
 def read(path: Path) -> dict[str, Stored]:
   """The tensors of a file. Raises BadInput unless every byte of it is accounted for."""
+  return _read(path)[0]
+
+
+def metadata(path: Path) -> dict[str, str]:
+  """What a file says of itself beside its tensors. Raises BadInput as `read` does."""
+  return _read(path)[1]
+
+
+def _read(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
   with readable(path), path.open("rb") as file:
     size = path.stat().st_size
     length = int.from_bytes(file.read(8), "little")
@@ -114,7 +123,7 @@ def read(path: Path) -> dict[str, Stored]:
     text = file.read(length)
   try:
     header = json.loads(text)
-    header.pop("__metadata__", None)
+    about = dict(header.pop("__metadata__", {}))
     fields = {name: _field(**entry) for name, entry in header.items()}
   except (ValueError, TypeError, AttributeError):
     raise _no(path, "its header cannot be read") from None
@@ -128,7 +137,7 @@ def read(path: Path) -> dict[str, Stored]:
     end = last
   if size != 8 + length + end:
     raise _no(path, f"it has {size:,} bytes and its header tells of {8 + length + end:,}")
-  return tensors
+  return tensors, about
 
 
 @contextmanager

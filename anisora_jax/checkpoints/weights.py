@@ -28,7 +28,7 @@ def find(path: Path) -> dict[str, Tensor]:
   Raises BadInput in one line for whatever is missing, left over, cut short or unsafe.
   """
   if path.is_dir():
-    path = _only(path)
+    path = only(path)
   if path.name.endswith(INDEX):
     return _shards(path)
   if path.suffix == ".safetensors":
@@ -40,7 +40,7 @@ def find(path: Path) -> dict[str, Tensor]:
                    "or a folder.")
 
 
-def _only(folder: Path) -> Path:
+def only(folder: Path) -> Path:
   """The one file of a folder that tells its weights: its index, else its safetensors file, else its pickle."""
   files = sorted(path for path in folder.iterdir() if path.is_file())
   for kind, found in [
@@ -110,6 +110,15 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
                 .reshape(tuple(x.shape)))
 
   return {str(name): tensor(x) for name, x in state.items()}
+
+
+def cast(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+  """The array in another dtype. Raises BadInput for finite numbers that float16 does not hold."""
+  with np.errstate(over="ignore"):
+    made = array.astype(dtype, copy=False)
+  if dtype == np.float16 and (np.isinf(made) & np.isfinite(array)).any():
+    raise BadInput("some weights are beyond what float16 holds, 65504: take bfloat16.")
+  return made
 
 
 @runtime_checkable

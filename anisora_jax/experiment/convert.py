@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -33,6 +34,18 @@ SHARDS = "diffusion_pytorch_model"  # how Wan's own files and diffusers' begin
 WORKERS = 2  # one reads and sums while the other writes: more would wait for each other at the file they write
 
 
+class Choice(NamedTuple):
+  """ema: of a run the averaged parameters. loras: files of adapters to be merged, each "FILE" or "EXPERT=FILE"; scale:
+  how often they count."""
+
+  ema: bool = False
+  loras: Sequence[str] = ()
+  scale: float = 1.0
+
+
+PLAIN = Choice()
+
+
 class Room(threading.local):
   """Memory for one piece, of each thread its own."""
 
@@ -43,12 +56,12 @@ class Room(threading.local):
 ROOM = Room()
 
 
-def convert(path: Path, to: Path, form: str, dtype: str = "", shard: float = 5e9, ema: bool = False,
+def convert(path: Path, to: Path, form: str, dtype: str = "", shard: float = 5e9, choice: Choice = PLAIN,
             say: Callable[[str], None] = print) -> None:
   """Writes the weights at `path` into the new folder `to`. Raises BadInput, and then leaves nothing behind.
 
   form: of FORMATS. dtype: of DTYPES, or "" to keep each tensor's own. shard: bytes of a file at most, unless one
-  tensor is more; comfyui takes one file. ema: of a run the averaged parameters.
+  tensor is more; comfyui takes one file. choice: what of the weights is taken, and what is added to them.
   """
   began, to = time.perf_counter(), Path(to).absolute()
   if form not in FORMATS:
@@ -59,12 +72,17 @@ def convert(path: Path, to: Path, form: str, dtype: str = "", shard: float = 5e9
   if form in adapters.FORMATS:
     if dtype:
       raise BadInput(f"--dtype {dtype} is not for adapters, which stay float32: leave it out.")
-    write = adapters.export(path, to, form, ema, say)
+    if choice.loras:
+      raise BadInput(f"--lora {choice.loras[0]} is merged into weights and not into adapters: take the format wan, "
+                     "diffusers, comfyui or ours.")
+    write = adapters.export(path, to, form, choice.ema, say)
     with _staged(to, 0) as folder:
       write(folder)
     say(f"{to}: written and read back.")
     return
-  found = find(path, ema)
+  found = find(path, choice.ema, cast)
+  for lora in choice.loras:
+    found |= _merged(path, found, lora, choice.scale, cast, say)
   for expert, source in found.items():
     say(f"{source.where}{' ' * bool(expert)}{expert}: {published.title(source.size)}, {source.naming} names, "
         f"{_dtypes(source, cast)}")
@@ -78,6 +96,21 @@ def convert(path: Path, to: Path, form: str, dtype: str = "", shard: float = 5e9
   seconds = time.perf_counter() - began
   say(f"{to}: {total / 1e9:.2f} GB in {seconds:.1f} s, {total / 1e6 / seconds:.0f} MB/s; every tensor was read back "
       f"and {'compared' if form == 'ours' else 'its CRC-32 compared'}.")
+
+
+def _merged(path: Path, found: dict[str, Source], lora: str, scale: float, dtype: np.dtype | None,
+            say: Callable[[str], None]) -> dict[str, Source]:
+  """The one transformer for which a file of adapters is, with them. lora: "FILE" or "EXPERT=FILE"."""
+  head, equals, tail = lora.partition("=")
+  expert, file = (head, tail) if equals and head in EXPERTS else ("", lora)
+  if expert not in found:
+    raise BadInput(f"{path} holds two experts: say for which --lora {file} is, "
+                   f"{' or '.join(f'{name}={file}' for name in EXPERTS)}." if not expert else
+                   f"{path} holds one transformer and no {expert}: give --lora {file}.")
+  source = found[expert]
+  form, there = adapters.of_file(Path(file), source.size)
+  say(f"{file}: adapters by the names of {form}, added {scale:g} times")
+  return {expert: source.with_adapters(there, scale, dtype)}
 
 
 def _place(folder: Path, name: str, form: str, expert: int | None) -> Path:
@@ -209,12 +242,7 @@ def _move(tensor: Tensor, place: Stored) -> int:
 
 
 def _cast(dtype: np.dtype, place: Stored, piece: memoryview) -> memoryview:
-  before = np.frombuffer(piece, dtype)
-  with np.errstate(over="ignore"):
-    after = before.astype(place.dtype)
-  if place.dtype == np.float16 and (np.isinf(after) & np.isfinite(before)).any():
-    raise BadInput("some weights are beyond what float16 holds, 65504: take bfloat16.")
-  return memoryview(after.view(np.uint8))
+  return memoryview(weights.cast(np.frombuffer(piece, dtype), place.dtype).view(np.uint8))
 
 
 def _sum(tensor: Stored) -> int:

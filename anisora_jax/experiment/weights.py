@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from anisora_jax.checkpoints import leaves, weights
 from anisora_jax.checkpoints.orbax import Checkpoints
 from anisora_jax.checkpoints.tensor_file import Made, Tensor
 from anisora_jax.errors import BadInput, pick
+from anisora_jax.experiment import adapters
 from anisora_jax.experiment.parts import saved_config
 from anisora_jax.models import names
 from anisora_jax.models.wan import published
@@ -30,6 +31,7 @@ FOLDERS = [("high_noise_model", "low_noise_model"), ("transformer", "transformer
 SIZE = "size.json"  # in a folder of our format, beside PARAMS
 PARAMS = "params"
 FROM_PARAMS = "ours"
+EXACT = np.dtype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -49,26 +51,35 @@ class Source:
     """The tensors by their PyTorch names in another naming, none of them read."""
     here, there = entries(self.size, "native" if self.checkpoint else self.naming), entries(self.size, naming)
     if not self.checkpoint:
-      return {new.name: self.tensors[old.name] for old, new in zip(here, there, strict=True)}
+      # In the order of the source: one that is made of arrays of ours comes array by array.
+      renamed = {old.name: new.name for old, new in zip(here, there, strict=True)}
+      return {renamed[name]: tensor for name, tensor in self.tensors.items()}
     # Array by array, so that each is read once.
     return {entry.name: Made(self.tensors[entry.path].dtype, entry.torch_shape(), partial(_taken, self.tensors, entry))
             for entry in sorted(there, key=lambda entry: entry.path)}
+
+  def with_adapters(self, found: Mapping[str, np.ndarray], scale: float, dtype: np.dtype | None) -> "Source":
+    """These weights with adapters added as they are read (see `adapters.merge`)."""
+    naming = "native" if self.checkpoint else self.naming
+    tensors = adapters.merge(self.torch(naming), entries(self.size, naming), found, scale, dtype)
+    return replace(self, naming=naming, tensors=tensors, checkpoint=None)
 
 
 def _taken(arrays: Mapping[str, Tensor], entry: names.Entry) -> np.ndarray:
   return entry.to_torch(arrays[entry.path].view())
 
 
-def find(path: Path, ema: bool = False) -> dict[str, Source]:
+def find(path: Path, ema: bool = False, dtype: np.dtype | None = None) -> dict[str, Source]:
   """The transformer at `path` as {"": source}, or its two experts by name. Names and shapes are all checked.
 
-  ema: of a run the averaged parameters. Raises BadInput.
+  ema: of a run the averaged parameters. dtype: of what is computed here, which are the weights that a run's adapters
+  change; by default that of its base. Raises BadInput.
   """
   path = Path(path)
   if not path.exists():
     raise BadInput(f"{path} does not exist: give a weight file, or the folder of weights or of a run.")
   if (path / "checkpoints").is_dir():
-    return {"": _run(path, ema)}
+    return {"": _run(path, ema, dtype)}
   if ema:
     raise BadInput(f"{path} is no folder of a run, which alone has averaged parameters: leave out --ema.")
   places = _experts(path) if path.is_dir() else {"": path}
@@ -136,12 +147,17 @@ def _config(folder: Path) -> dict[str, Any]:
   return config if isinstance(config, dict) and config.get("_class_name") in known else {}
 
 
-def _run(folder: Path, ema: bool) -> Source:
+def _run(folder: Path, ema: bool, dtype: np.dtype | None) -> Source:
+  """A run's network; where it trained adapters, the weights beside which it did, with the adapters added."""
   config = saved_config(folder)
-  if config.lora.rank:
-    raise BadInput(f"{folder} holds adapters and no whole network: convert them to a lora_ format, or give the weights "
-                   f"beside which they were trained, {config.model.weights}.")
   size = pick(SIZES, config.model.size, "model size")
+  if config.lora.rank:
+    try:
+      base = source(Path(config.model.weights), size, dtype=dtype)
+    except BadInput as mistake:
+      raise BadInput(f"{folder} holds adapters, and of the weights beside which they were trained: {mistake}") from None
+    _, lora, found = adapters.of_run(folder, config, ema)
+    return replace(base.with_adapters(found, lora.scale, dtype), where=folder)
   checkpoint = Checkpoints(folder / "checkpoints").newest()
   return _ours(folder, size, (checkpoint, "state", "ema" if ema else "params"))
 
@@ -158,10 +174,11 @@ def _ours(where: Path, size: Size, checkpoint: tuple[Path, str, str]) -> Source:
 def write_ours(source: Source, folder: Path, dtype: np.dtype | None) -> None:
   """Makes a folder of our format: SIZE and PARAMS. Holds the whole model in memory. Raises OSError."""
   if source.checkpoint:
-    arrays = {path: array.view().astype(dtype or array.dtype) for path, array in source.tensors.items()}
+    arrays = {path: weights.cast(array.view(), dtype or array.dtype) for path, array in source.tensors.items()}
   else:
     parts = weights.by_path(entries(source.size, source.naming))
-    arrays = {path: weights.array(source.tensors, part, dtype or source.tensors[part[0].name].dtype)
+    kinds = {path: source.tensors[part[0].name].dtype for path, part in parts.items()}
+    arrays = {path: weights.cast(weights.array(source.tensors, part, kinds[path]), dtype or kinds[path])
               for path, part in parts.items()}
   leaves.write(folder / PARAMS, unflatten_dict(arrays, sep="/"))
   for path, stored in leaves.find(folder / PARAMS).items():
@@ -174,12 +191,13 @@ def spoilt(name: str) -> BadInput:
   return BadInput(f"{name} was not read back as it was written: disk or memory may be failing; nothing was kept.")
 
 
-def source(path: Path, size: Size, expert: str = "", ema: bool = False) -> Source:
+def source(path: Path, size: Size, expert: str = "", ema: bool = False,
+           dtype: np.dtype | None = EXACT) -> Source:
   """The weights of any format for a network of this size; nothing is read but names and shapes.
 
-  expert: which of two. Raises BadInput, also for weights of another size.
+  expert: which of two. dtype: as of `find`. Raises BadInput, also for weights of another size.
   """
-  found = find(path, ema)
+  found = find(path, ema, dtype)
   if expert not in found:
     raise BadInput(f"{path} holds two experts: say which, {' or '.join(found)}." if not expert else
                    f"{path} holds no expert {expert}: give the folder of both.")
