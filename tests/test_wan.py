@@ -12,14 +12,17 @@ import torch
 from compare import apart
 from diffusers import WanTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from quick import QUICK
 
 from anisora_jax.errors import BadInput
 from anisora_jax.models import names, rope
 from anisora_jax.models.wan.dit import REMAT, WanDiT
 from anisora_jax.models.wan.names import NAMINGS, entries
+from anisora_jax.models.wan.placement import RULES
 from anisora_jax.models.wan.sizes import SIZES, Size
-from anisora_jax.parallel import mesh
+from anisora_jax.parallel import mesh, placement
 
 TEXT = Size(layers=2, width=48, heads=2, mlp=80, channels=4, text_width=20, text_tokens=11)
 GIVEN = replace(TEXT, channels=16, given=20)                     # Wan 2.2 image-to-video: 36 channels in
@@ -74,12 +77,12 @@ def condition(size: Size, clip: tuple, s: int, i: int) -> dict:
 
 
 def judge(model, size: Size, x, t, text, given=None, image=None) -> torch.Tensor:
-  """The witness on our inputs: channels first, times 0 .. 1000, padded text. t `[b, 1]`, or `[b, f]` told per token."""
+  """The witness on our inputs: channels first, times 0 .. 1000 (those of frames told per token), padded text."""
   seen = x if given is None else np.concatenate([x, given], -1)
   text = np.pad(text, ((0, 0), (0, size.text_tokens - text.shape[1]), (0, 0)))
   n = x.shape[2] * x.shape[3] // size.patch**2
   t = np.float32(1000) * t
-  t = t[:, 0] if t.shape[1] == 1 else np.repeat(t, n, axis=1)
+  t = t[:, 0] if t.shape[1] == 1 else (np.repeat(t, n, axis=1) if t.ndim == 2 else t.reshape(len(t), -1))
   if size.image_positions:  # the witness takes the tokens of both frames as two of the batch
     image = image.reshape(2 * image.shape[0], -1, image.shape[2])
   v = model(torch.from_numpy(np.moveaxis(seen, -1, 1)), torch.from_numpy(t), torch.from_numpy(text),
@@ -174,6 +177,26 @@ def test_a_time_for_each_frame_equals_a_time_for_each_token(text_model, forward)
   model, params = text_model
   inputs = condition(*CASES["text"]) | {"t": np.float32([[0, 0.3, 1], [0.8, 0.8, 0.1]])}
   assert apart(forward(params, inputs), judge(model, TEXT, **inputs).detach()) < CLOSE
+
+
+def test_a_time_for_each_token_equals_the_witness_and_times_of_frames_spelt_out(text_model, forward):
+  model, params = text_model
+  frames = np.float32([[0, 0.3, 1], [0.8, 0.8, 0.1]])
+  inputs, spelt = condition(*CASES["text"]), np.repeat(frames[:, :, None], 15, axis=2)
+  inputs["t"] = np.random.default_rng(1).uniform(size=(2, 3, 15)).astype(np.float32)
+  assert apart(forward(params, inputs), judge(model, TEXT, **inputs).detach()) < CLOSE
+  assert apart(forward(params, inputs | {"t": spelt}), forward(params, inputs | {"t": frames})) < 1e-6
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 2, "seq": 4}, {"fsdp": 2, "seq": 2, "tensor": 2}], ids=str)
+def test_a_time_for_each_token_teaches_the_same_on_every_mesh(sizes, text_model):
+  """15 tokens a frame divide by neither: the times are padded as the tokens are."""
+  inputs, on = condition(*CASES["text"]), mesh.build(sizes)
+  inputs["t"] = np.random.default_rng(1).uniform(size=(2, 3, 15)).astype(np.float32)
+  placed = placement.shardings(RULES, text_model[1], on), NamedSharding(on, P(mesh.BATCH))
+  split = gradients(WanDiT(TEXT, on))(*jax.device_put((text_model[1], inputs), placed))
+  worst = jax.tree.map(apart, split, gradients(network(TEXT))(text_model[1], inputs))
+  assert max(jax.tree.leaves(worst)) < 1e-4, worst
 
 
 def test_equal_times_for_all_frames_are_one_time(text_model, forward):

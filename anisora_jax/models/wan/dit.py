@@ -1,7 +1,8 @@
 """The Wan video transformer: noisy latents, noise times, what is given and text -> velocity.
 
 Tokens keep their frame axis, `[b, f, n, d]`, so one noise time a frame modulates as `[b, f, 1, 6, d]` by broadcasting:
-a vector of times costs what a scalar costs. One block (m = learned + time, six vectors shift, scale, gate twice):
+a vector of times costs what a scalar costs. A time a token, on request, costs the whole `[b, f, n, 6, d]`.
+One block (m = learned + time, six vectors shift, scale, gate twice):
   x <- x + gate1 SelfAttention(LN(x)(1 + scale1) + shift1)
   x <- x + CrossAttention(LN'(x), text) [+ the same queries over image tokens]
   x <- x + gate2 MLP(LN(x)(1 + scale2) + shift2)
@@ -51,7 +52,7 @@ REMAT = {
   "full": POLICIES.nothing_saveable,
 }
 
-Time = Float[Array, "b _ 6 d"]  # one frame axis, of length 1 when all frames share a time
+Time = Float[Array, "b _ _ 6 d"]  # of frames, of a frame's tokens: each of length 1 when all share a time
 
 
 def _scaled_normal(key, shape, dtype=jnp.float32):
@@ -120,7 +121,7 @@ class Block(nn.Module):
   def __call__(self, x: Tokens, time: Time, text, image, turns, segments) -> tuple[Tokens, None]:
     parts = {"size": self.size, "mesh": self.mesh, "pattern": self.pattern, "kernel": self.kernel, "dtype": self.dtype}
     learned = self.param("modulation", partial(_gated, self.gate), (6, self.size.width))
-    shift1, scale1, gate1, shift2, scale2, gate2 = jnp.moveaxis((learned + time)[:, :, None], -2, 0)
+    shift1, scale1, gate1, shift2, scale2, gate2 = jnp.moveaxis(learned + time, -2, 0)
 
     def add(x, y, gate=1.0):  # f32: small updates must not vanish in a bf16 sum
       return (x.astype(jnp.float32) + gate * y.astype(jnp.float32)).astype(self.dtype)
@@ -165,9 +166,9 @@ class Head(nn.Module):
   mesh: Mesh
 
   @nn.compact
-  def __call__(self, x: Tokens, time: Float[Array, "b _ d"]) -> Float[Array, "b f n i"]:
+  def __call__(self, x: Tokens, time: Float[Array, "b _ _ d"]) -> Float[Array, "b f n i"]:
     learned = self.param("modulation", _scaled_normal, (2, self.size.width))
-    shift, scale = jnp.moveaxis((learned + time[:, :, None])[:, :, None], -2, 0)
+    shift, scale = jnp.moveaxis(learned + time[..., None, :], -2, 0)
     y = layer_norm(x) * (1 + scale) + shift
     # f32 and zeros at first: the velocity starts at nothing, and its error is what the loss measures.
     return linear(self.size.patch**2 * self.size.channels, "out", jnp.float32, self.mesh, init=initializers.zeros)(y)
@@ -190,12 +191,13 @@ class WanDiT(nn.Module):
   fold: Callable[[dict], dict] | None = None
 
   @nn.compact
-  def __call__(self, x: Latents, t: Float[Array, "b _"], text: Text, given: Float[Array, "b f h w g"] | None = None,
-               image: Float[Array, "b i y"] | None = None) -> Latents:
+  def __call__(self, x: Latents, t: Float[Array, "b _"] | Float[Array, "b f n"], text: Text,
+               given: Float[Array, "b f h w g"] | None = None, image: Float[Array, "b i y"] | None = None) -> Latents:
     """Velocity `[b, f, h, w, c]` in f32.
 
-    t: `[b, f]`, or `[b, 1]` when all frames share a time. text: s up to size.text_tokens, may be 0. given: mask then
-    known latents, for models that were made with them. h and w must divide by the patch.
+    t: `[b, f]`, or `[b, 1]` when all frames share a time, or one a token, rows before columns. text: s up to
+    size.text_tokens, may be 0. given: mask then known latents, for models that were made with them. h and w must divide
+    by the patch.
     """
     size, (_, f, h, w, _) = self.size, x.shape
     seen = x if given is None else jnp.concatenate([x, given], axis=-1)
@@ -207,11 +209,7 @@ class WanDiT(nn.Module):
     positions = jnp.pad(rope.grid(f, h // size.patch, w // size.patch), ((0, 0), (0, spare), (0, 0)))
     segments = jnp.broadcast_to(jnp.where(jnp.arange(n + spare) < n, 0, -1), tokens.shape[:3]) if spare else None
 
-    e = nn.silu(linear(size.width, "time_in", jnp.float32, self.mesh, init=SMALL)(waves(t, size.waves)))
-    e = linear(size.width, "time_out", jnp.float32, self.mesh, "out", SMALL)(e)
-    e = hold(e, self.mesh, P(BATCH, None, None))
-    time = linear(6 * size.width, "time_modulation", jnp.float32, self.mesh, "out")(nn.silu(e))
-    time = hold(rearrange(time, "b f (s d) -> b f s d", s=6), self.mesh, P(BATCH, None, None, None))
+    e, time = self._times(t if t.ndim == 2 else jnp.pad(t, ((0, 0), (0, 0), (0, spare))))
     text = jnp.pad(text, ((0, 0), (0, size.text_tokens - text.shape[1]), (0, 0)))
     text = MLP(size.width, size.width, self.dtype, self.mesh, init=SMALL, name="text")(text)
     text = hold(text, self.mesh, P(BATCH, None, None))
@@ -227,3 +225,13 @@ class WanDiT(nn.Module):
     tokens, _ = stack(tokens, time, text, image, rope.turns(positions, size.head_width), segments)
     patches = hold(Head(size, self.mesh, name="head")(tokens, e), self.mesh, TOKENS)
     return from_patches(patches[:, :, :n], size.patch, h, w)
+
+  def _times(self, t: Float[Array, "b _"] | Float[Array, "b f n"]) -> tuple[Float[Array, "b _ _ d"], Time]:
+    """Noise times -> their embedding, and what the blocks are modulated with."""
+    width, of = self.size.width, TOKENS[1:3] if t.ndim == 3 else (None,)
+    e = nn.silu(linear(width, "time_in", jnp.float32, self.mesh, init=SMALL)(waves(t, self.size.waves)))
+    e = linear(width, "time_out", jnp.float32, self.mesh, "out", SMALL)(e)
+    e = hold(e, self.mesh, P(BATCH, *of, None))
+    time = linear(6 * width, "time_modulation", jnp.float32, self.mesh, "out")(nn.silu(e))
+    time = hold(rearrange(time, "... (s d) -> ... s d", s=6), self.mesh, P(BATCH, *of, None, None))
+    return (e, time) if t.ndim == 3 else (e[:, :, None], time[:, :, None])
