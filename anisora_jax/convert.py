@@ -9,9 +9,10 @@
 
 --from takes a .safetensors file, a folder of shards with their index, a folder of Wan, of diffusers or of ComfyUI, with
 one transformer or with two experts, a .pth file (torch reads it, running none of its code), a run's --workdir, or what
-this program wrote. Which transformer it is, is seen from its tensors. Two experts stay two. Of a run that trained
-adapters the network is the weights beside which it did, with the adapters added. What is written appears whole, or not
-at all.
+this program wrote. Which network it is, is seen from its tensors: a transformer, or Wan's codec, text encoder or image
+encoder, of which the formats wan and diffusers are written, and of a codec comfyui. Two experts stay two. Of a run that
+trained adapters the network is the weights beside which it did, with the adapters added. What is written appears whole,
+or not at all.
 """
 
 import signal

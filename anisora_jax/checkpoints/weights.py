@@ -7,6 +7,7 @@ import json
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -130,6 +131,10 @@ class Entry(Protocol):
   at: tuple
   whole: tuple[int, ...]
   leaf: Any
+  shape: tuple[int, ...]
+
+  def torch_shape(self) -> tuple[int, ...]:
+    ...
 
 
 def by_path(wanted: Sequence[Entry]) -> dict[str, list[Entry]]:
@@ -138,6 +143,25 @@ def by_path(wanted: Sequence[Entry]) -> dict[str, list[Entry]]:
   for entry in wanted:
     parts.setdefault(entry.path, []).append(entry)
   return parts
+
+
+def renamed(tensors: Mapping[str, Tensor], here: Sequence[Entry], there: Sequence[Entry]) -> dict[str, Tensor]:
+  """The tensors of table `here` as those of another naming, none of them read; in the order in which they lie."""
+  parts, order = by_path(here), {name: number for number, name in enumerate(tensors)}
+  made = []
+  for new in there:
+    old = next((old for old in parts[new.path] if old.at == new.at), None)
+    if old and old.torch_shape() == new.torch_shape():
+      made.append((order[old.name], new.name, tensors[old.name]))
+    else:  # another layout, or parts that lie in one tensor there and in several here
+      dtype = max((tensors[part.name].dtype for part in parts[new.path]), key=lambda dtype: dtype.itemsize)
+      made.append((min(order[part.name] for part in parts[new.path]), new.name,
+                   Made(dtype, new.torch_shape(), partial(_one, tensors, parts[new.path], new, dtype))))
+  return {name: tensor for _, name, tensor in sorted(made, key=lambda one: one[0])}
+
+
+def _one(tensors: Mapping[str, Tensor], parts: Sequence[Entry], wanted: Entry, dtype: np.dtype) -> np.ndarray:
+  return wanted.leaf.to_torch(_part(tensors, parts, tuple(_sides(wanted)), dtype).reshape(wanted.shape))
 
 
 def array(tensors: Mapping[str, Tensor], entries: Sequence[Entry], dtype: np.dtype) -> np.ndarray:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import threading
 import time
@@ -21,16 +22,14 @@ from anisora_jax.checkpoints import tensor_file, weights
 from anisora_jax.checkpoints.tensor_file import PIECE, Spec, Stored, Tensor, nbytes
 from anisora_jax.errors import BadInput, pick
 from anisora_jax.experiment import adapters
-from anisora_jax.experiment.weights import EXPERTS, FOLDERS, Source, find, spoilt, write_ours
+from anisora_jax.experiment.weights import EXPERTS, FOLDERS, TRANSFORMER, Source, find, spoilt, write_ours
 from anisora_jax.models.wan import published
-from anisora_jax.models.wan.names import entries
+from anisora_jax.models.wan.published import KINDS
 
 DTYPES = {name: np.dtype(dtype) for name, dtype in
           {"float32": np.float32, "bfloat16": jnp.bfloat16, "float16": np.float16}.items()}
-NAMING = {"wan": "native", "diffusers": "diffusers", "comfyui": "native"}  # format -> naming
-FORMATS = ("ours", *NAMING, *adapters.FORMATS)
-CONFIG = {"wan": published.native_config, "diffusers": published.diffusers_config}
-SHARDS = "diffusion_pytorch_model"  # how Wan's own files and diffusers' begin
+FORMATS = ("ours", "wan", "diffusers", "comfyui", *adapters.FORMATS)
+SHARDS = "diffusion_pytorch_model"  # how the files of Wan's transformers begin
 WORKERS = 2  # one reads and sums while the other writes: more would wait for each other at the file they write
 
 
@@ -80,15 +79,14 @@ def convert(path: Path, to: Path, form: str, dtype: str = "", shard: float = 5e9
       write(folder)
     say(f"{to}: written and read back.")
     return
-  found = find(path, choice.ema, cast)
+  found = find(path, choice.ema, cast, tuple(KINDS.values()))
   for lora in choice.loras:
     found |= _merged(path, found, lora, choice.scale, cast, say)
   for expert, source in found.items():
-    say(f"{source.where}{' ' * bool(expert)}{expert}: {published.title(source.size)}, {source.naming} names, "
-        f"{_dtypes(source, cast)}")
-    if form == "comfyui" and source.size.head_width != published.HEAD:
-      raise BadInput(f"ComfyUI takes heads of width {published.HEAD} and these are {source.size.head_width} wide: "
-                     "choose another format.")
+    say(f"{source.where}{' ' * bool(expert)}{expert}: {source.kind.noun}, "
+        f"{published.title(source.kind, source.size)}, {source.naming} names, {_dtypes(source, cast)}"
+        + f"; {source.unused} tensors that Wan does not use are left out" * bool(source.unused))
+    source.kind.refuse(source.size, form)
   total = sum(_size(tensor, cast) for source in found.values() for tensor in source.tensors.values())
   with _staged(to, total) as folder, tqdm(total=2 * total, desc=form, unit="B", unit_scale=True) as bar:
     for number, (expert, source) in enumerate(found.items()):
@@ -108,6 +106,9 @@ def _merged(path: Path, found: dict[str, Source], lora: str, scale: float, dtype
                    f"{' or '.join(f'{name}={file}' for name in EXPERTS)}." if not expert else
                    f"{path} holds one transformer and no {expert}: give --lora {file}.")
   source = found[expert]
+  if source.kind is not TRANSFORMER:
+    raise BadInput(f"--lora {file} is for a transformer and {path} holds weights of another kind, "
+                   f"{source.kind.noun}: leave it out.")
   form, there = adapters.of_file(Path(file), source.size)
   say(f"{file}: adapters by the names of {form}, added {scale:g} times")
   return {expert: source.with_adapters(there, scale, dtype)}
@@ -127,8 +128,7 @@ def _size(tensor: Tensor, cast: np.dtype | None) -> int:
 
 def _dtypes(source: Source, cast: np.dtype | None) -> str:
   """What dtypes the tensors have and get, in words. Raises BadInput for a mixture that is not one of publishers."""
-  here = "native" if source.checkpoint else source.naming
-  paths = {entry.name: entry.path for entry in entries(source.size, here)}
+  paths = {entry.name: entry.path for entry in source.entries()}
   kinds = {name: tensor.dtype for name, tensor in source.tensors.items()}
   strange = next((name for name, dtype in kinds.items() if dtype not in DTYPES.values() and not cast), None)
   if strange:
@@ -138,7 +138,7 @@ def _dtypes(source: Source, cast: np.dtype | None) -> str:
                                                         if kinds[name] == dtype))
   # One dtype, or matrices of 16 bits and float32 where the network computes in float32, in all layers alike.
   narrow = {paths.get(name, name) for name, dtype in kinds.items() if dtype == main}
-  wide = {path for path in paths.values() if main.itemsize == 2 and published.WIDE.search(path)} - narrow
+  wide = {path for path in paths.values() if main.itemsize == 2 and re.search(source.kind.wide, path)} - narrow
   odd = [name for name, dtype in kinds.items()
          if dtype != main and not (dtype == np.float32 and paths.get(name, name) in wide)]
   if odd and not cast:
@@ -186,13 +186,15 @@ def _write(source: Source, form: str, place: Path, cast: np.dtype | None, shard:
     return
   folder = place.parent if form == "comfyui" else place
   folder.mkdir(parents=True, exist_ok=True)
-  tensors = source.torch(NAMING[form])
+  naming, stem, config = source.kind.forms[form]
+  tensors = source.torch(naming)
   specs = {name: (cast or tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
   if form == "comfyui":
     where = tensor_file.create(place.with_name(f"{place.name}.safetensors"), specs)
   else:
-    where = shards(folder, specs, shard)
-    (folder / "config.json").write_text(json.dumps(CONFIG[form](source.size), indent=2) + "\n")
+    where = shards(folder, specs, shard, stem)
+    if config:
+      (folder / "config.json").write_text(json.dumps(config(source.size), indent=2) + "\n")
   sums = _each(_move, [(tensor, where[name]) for name, tensor in tensors.items()], told)
   there = weights.find(where[next(iter(where))].path if form == "comfyui" else folder)
   again = _each(_sum, [(there[name],) for name in tensors], told)
@@ -201,8 +203,8 @@ def _write(source: Source, form: str, place: Path, cast: np.dtype | None, shard:
       raise spoilt(name)
 
 
-def shards(folder: Path, specs: Mapping[str, Spec], most: float) -> dict[str, Stored]:
-  """Makes the files, and the index if there are several, as diffusers' save_pretrained names them."""
+def shards(folder: Path, specs: Mapping[str, Spec], most: float, stem: str = SHARDS) -> dict[str, Stored]:
+  """Makes the files, and the index if there are several, as save_pretrained of diffusers and transformers does."""
   groups, room = [{}], most
   for name, (dtype, shape) in specs.items():
     size = math.prod(shape) * dtype.itemsize
@@ -210,13 +212,13 @@ def shards(folder: Path, specs: Mapping[str, Spec], most: float) -> dict[str, St
       groups.append({})
       room = most
     groups[-1][name], room = (dtype, shape), room - size
-  files = [f"{SHARDS}-{number:05}-of-{len(groups):05}.safetensors" for number in range(1, len(groups) + 1)]
-  files = files if len(groups) > 1 else [f"{SHARDS}.safetensors"]
+  files = [f"{stem}-{number:05}-of-{len(groups):05}.safetensors" for number in range(1, len(groups) + 1)]
+  files = files if len(groups) > 1 else [f"{stem}.safetensors"]
   if len(groups) > 1:
     total = sum(math.prod(shape) * dtype.itemsize for dtype, shape in specs.values())
     index = {"metadata": {"total_size": total},
              "weight_map": {name: file for file, group in zip(files, groups, strict=True) for name in group}}
-    (folder / f"{SHARDS}.safetensors{weights.INDEX}").write_text(json.dumps(index, indent=2) + "\n")
+    (folder / f"{stem}.safetensors{weights.INDEX}").write_text(json.dumps(index, indent=2) + "\n")
   made = [tensor_file.create(folder / file, group) for file, group in zip(files, groups, strict=True)]
   return {name: stored for group in made for name, stored in group.items()}
 

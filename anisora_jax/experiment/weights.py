@@ -1,7 +1,7 @@
-"""Where the weights of a transformer, or of its two experts, lie: files, published folders, runs, converted folders."""
+"""Where the weights of a network, or of two experts, lie: files, published folders, runs, converted folders."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from anisora_jax.experiment import adapters
 from anisora_jax.experiment.parts import saved_config
 from anisora_jax.models import names
 from anisora_jax.models.wan import published
-from anisora_jax.models.wan.names import entries
+from anisora_jax.models.wan.published import KINDS, AnySize, Kind
 from anisora_jax.models.wan.sizes import SIZES, Size
 from anisora_jax.parallel import mesh as meshes
 
@@ -32,28 +32,34 @@ SIZE = "size.json"  # in a folder of our format, beside PARAMS
 PARAMS = "params"
 FROM_PARAMS = "ours"
 EXACT = np.dtype(np.float32)
+TRANSFORMER = KINDS["transformer"]
 
 
 @dataclass(frozen=True)
 class Source:
-  """The weights of one transformer. naming: "native", "diffusers", or "ours" for arrays by our paths.
+  """The weights of one network. naming: of the table of its kind, or "ours" for arrays by our paths.
 
-  checkpoint: for ours, the arguments that `leaves` takes to find them.
+  checkpoint: for ours, the arguments that `leaves` takes to find them. unused: how many tensors of its files Wan does
+  not use.
   """
 
   where: Path
   naming: str
-  size: Size
+  size: AnySize
   tensors: Mapping[str, Tensor]
   checkpoint: tuple[Path, str, str] | None = None
+  kind: Kind = TRANSFORMER
+  unused: int = 0
+
+  def entries(self, naming: str = "") -> list[names.Entry]:
+    """The table of its tensors in a naming, by default its own, native for ours."""
+    return self.kind.entries(self.size, naming or ("native" if self.checkpoint else self.naming))
 
   def torch(self, naming: str) -> dict[str, Tensor]:
     """The tensors by their PyTorch names in another naming, none of them read."""
-    here, there = entries(self.size, "native" if self.checkpoint else self.naming), entries(self.size, naming)
+    there = self.entries(naming)
     if not self.checkpoint:
-      # In the order of the source: one that is made of arrays of ours comes array by array.
-      renamed = {old.name: new.name for old, new in zip(here, there, strict=True)}
-      return {renamed[name]: tensor for name, tensor in self.tensors.items()}
+      return weights.renamed(self.tensors, self.entries(), there)
     # Array by array, so that each is read once.
     return {entry.name: Made(self.tensors[entry.path].dtype, entry.torch_shape(), partial(_taken, self.tensors, entry))
             for entry in sorted(there, key=lambda entry: entry.path)}
@@ -61,7 +67,7 @@ class Source:
   def with_adapters(self, found: Mapping[str, np.ndarray], scale: float, dtype: np.dtype | None) -> "Source":
     """These weights with adapters added as they are read (see `adapters.merge`)."""
     naming = "native" if self.checkpoint else self.naming
-    tensors = adapters.merge(self.torch(naming), entries(self.size, naming), found, scale, dtype)
+    tensors = adapters.merge(self.torch(naming), self.entries(naming), found, scale, dtype)
     return replace(self, naming=naming, tensors=tensors, checkpoint=None)
 
 
@@ -69,11 +75,12 @@ def _taken(arrays: Mapping[str, Tensor], entry: names.Entry) -> np.ndarray:
   return entry.to_torch(arrays[entry.path].view())
 
 
-def find(path: Path, ema: bool = False, dtype: np.dtype | None = None) -> dict[str, Source]:
-  """The transformer at `path` as {"": source}, or its two experts by name. Names and shapes are all checked.
+def find(path: Path, ema: bool = False, dtype: np.dtype | None = None,
+         kinds: Sequence[Kind] = (TRANSFORMER,)) -> dict[str, Source]:
+  """The network at `path` as {"": source}, or two experts by name. Names and shapes are all checked.
 
   ema: of a run the averaged parameters. dtype: of what is computed here, which are the weights that a run's adapters
-  change; by default that of its base. Raises BadInput.
+  change; by default that of its base. kinds: of networks that it may be. Raises BadInput.
   """
   path = Path(path)
   if not path.exists():
@@ -83,8 +90,8 @@ def find(path: Path, ema: bool = False, dtype: np.dtype | None = None) -> dict[s
   if ema:
     raise BadInput(f"{path} is no folder of a run, which alone has averaged parameters: leave out --ema.")
   places = _experts(path) if path.is_dir() else {"": path}
-  found = {name: _source(place) for name, place in places.items()}
-  sizes = {published.title(source.size) for source in found.values()}
+  found = {name: _source(place, kinds) for name, place in places.items()}
+  sizes = {published.title(source.kind, source.size) for source in found.values()}
   if len(sizes) > 1:
     raise BadInput(f"{path} holds two experts that are not alike: {' and '.join(sorted(sizes))}.")
   return found
@@ -107,7 +114,7 @@ def _experts(folder: Path) -> dict[str, Path]:
   return {"": folder}
 
 
-def _source(place: Path) -> Source:
+def _source(place: Path, kinds: Sequence[Kind]) -> Source:
   if (place / SIZE).is_file():
     leaves.check(place / PARAMS)
     try:
@@ -117,24 +124,20 @@ def _source(place: Path) -> Source:
     return _ours(place, size, (place / PARAMS, leaves.ITEM, "params"))
   stored = weights.find(place)
   try:
-    shapes = {name: tensor.shape for name, tensor in stored.items()}
-    prefix, naming = published.prefix_and_naming(shapes)
-    # A name without the prefix is told as a leftover, even if it would be a good one.
-    tensors = {name.removeprefix(prefix) if name.startswith(prefix) else f"{name} (without {prefix})": tensor
-               for name, tensor in stored.items()}
+    kind, naming, known = published.recognise(stored)
+    if kind not in kinds:
+      raise BadInput(f"these are the weights of a Wan {kind.noun} and those of a {kinds[0].noun} are wanted: give "
+                     "another file.")
+    tensors = {known[name]: tensor for name, tensor in stored.items() if name in known}
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    config = _config(place if place.is_dir() else place.parent)
-    size = published.size_of(shapes, naming, config)
-    names.check_torch(shapes, entries(size, naming))
-    layers = config.get("num_layers", size.layers)
-    if layers != size.layers:
-      raise BadInput(f"config.json tells of {layers} layers and there are {size.layers}: fetch all of its files.")
+    size = kind.size_of(shapes, naming, _config(place if place.is_dir() else place.parent, kind))
+    names.check_torch(shapes, kind.entries(size, naming))
   except BadInput as mistake:
     raise BadInput(f"{place}: {mistake}") from None
-  return Source(place, naming, size, tensors)
+  return Source(place, naming, size, tensors, kind=kind, unused=len(stored) - len(tensors))
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def _config(folder: Path, kind: Kind) -> dict[str, Any]:
   """The config.json beside published weights, if there is one of theirs."""
   path = folder / "config.json"
   if not path.is_file():
@@ -143,8 +146,8 @@ def _config(folder: Path) -> dict[str, Any]:
     config = json.loads(path.read_text())
   except ValueError:
     raise BadInput("its config.json cannot be read: fetch it again.") from None
-  known = ("WanModel", "WanTransformer3DModel")
-  return config if isinstance(config, dict) and config.get("_class_name") in known else {}
+  told = isinstance(config, dict) and {config.get("_class_name"), config.get("model_type")} & set(kind.configs)
+  return config if told else {}
 
 
 def _run(folder: Path, ema: bool, dtype: np.dtype | None) -> Source:
@@ -165,7 +168,7 @@ def _run(folder: Path, ema: bool, dtype: np.dtype | None) -> Source:
 def _ours(where: Path, size: Size, checkpoint: tuple[Path, str, str]) -> Source:
   arrays = leaves.find(*checkpoint)
   try:
-    names.check_ours({path: array.shape for path, array in arrays.items()}, entries(size, "native"))
+    names.check_ours({path: array.shape for path, array in arrays.items()}, TRANSFORMER.entries(size, "native"))
   except BadInput as mistake:
     raise BadInput(f"{where}: {mistake}") from None
   return Source(where, FROM_PARAMS, size, arrays, checkpoint)
@@ -176,7 +179,7 @@ def write_ours(source: Source, folder: Path, dtype: np.dtype | None) -> None:
   if source.checkpoint:
     arrays = {path: weights.cast(array.view(), dtype or array.dtype) for path, array in source.tensors.items()}
   else:
-    parts = weights.by_path(entries(source.size, source.naming))
+    parts = weights.by_path(source.entries())
     kinds = {path: source.tensors[part[0].name].dtype for path, part in parts.items()}
     arrays = {path: weights.cast(weights.array(source.tensors, part, kinds[path]), dtype or kinds[path])
               for path, part in parts.items()}
@@ -202,9 +205,9 @@ def source(path: Path, size: Size, expert: str = "", ema: bool = False,
     raise BadInput(f"{path} holds two experts: say which, {' or '.join(found)}." if not expert else
                    f"{path} holds no expert {expert}: give the folder of both.")
   made = found[expert]
-  if names.shapes(entries(made.size, "native")) != names.shapes(entries(size, "native")):
-    raise BadInput(f"{path} holds {published.title(made.size)} and the model is {published.title(size)}: choose that "
-                   "size, or other weights.")
+  if names.shapes(made.entries("native")) != names.shapes(made.kind.entries(size, "native")):
+    here, there = (published.title(made.kind, one) for one in (made.size, size))
+    raise BadInput(f"{path} holds {here} and the model is {there}: choose that size, or other weights.")
   return made
 
 
@@ -217,4 +220,4 @@ def read(made: Source, abstract: PyTree) -> PyTree:
     return leaves.to_mesh(made.checkpoint[0], abstract, *made.checkpoint[1:])
   total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
   with tqdm(total=total, desc="weights", unit="B", unit_scale=True, disable=not meshes.leads()) as bar:
-    return weights.to_mesh(made.tensors, entries(made.size, made.naming), abstract, bar.update)
+    return weights.to_mesh(made.tensors, made.entries(), abstract, bar.update)
