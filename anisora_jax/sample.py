@@ -1,4 +1,4 @@
-"""Makes films with a trained run.
+"""Makes films with a trained run, or with published weights.
 
   python -m anisora_jax.sample --workdir out/run --first a.png --last b.png --out between     in-betweens
   python -m anisora_jax.sample --workdir out/run --first a.png --loop --out round             a loop
@@ -6,7 +6,10 @@
   python -m anisora_jax.sample --workdir out/run --clip c.mp4 --keep 4                        goes on from 4 frames
   python -m anisora_jax.sample --workdir out/run --clip c.mp4 --region mask.png               redraws what is black
   python -m anisora_jax.sample --workdir out/run --held_out 16 --tasks first,first_last       held-out clips and report
+  python -m anisora_jax.sample --config configs/anisora_v3.py --pretrained Index-anisora-V3 \\
+    --prompts lines.txt --motion 3 --out films/a                                              AniSora's prompt files
 
+A line of a prompt file is PROMPT@@a.png,b.png&&0,0.5: pictures and where they stand, 0 first frame .. 1 last frame.
 Each film comes as mp4, gif and a contact sheet. Sampling settings of the run's config can be changed by flags.
 """
 
@@ -17,7 +20,8 @@ from absl import flags
 
 from anisora_jax import entry
 from anisora_jax.errors import BadInput
-from anisora_jax.experiment import sample
+from anisora_jax.experiment import sample, studio
+from anisora_jax.sampling import prompts
 from anisora_jax.sampling.request import Request, parse_keyframes
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.")
@@ -30,6 +34,11 @@ KEEP = flags.DEFINE_integer("keep", 0, "First frames of --clip that are given.",
 REGION = flags.DEFINE_string("region", "", "Mask, still or film: white is given, black is made.")
 LOOP = flags.DEFINE_bool("loop", False, "End where --first began, so that the film can be repeated.")
 PROMPT = flags.DEFINE_string("prompt", "", "What the film shows, in words.")
+PROMPTS = flags.DEFINE_string("prompts", "", "Prompt file, a film a line, instead of --prompt and pictures.")
+MOTION = flags.DEFINE_float("motion", None, "Motion score that ends every prompt, as AniSora was trained.")
+AESTHETIC = flags.DEFINE_float("aesthetic", None, "Aesthetic score, likewise.")
+CAMERA = flags.DEFINE_string("camera", None, "Camera motion, likewise, for example 'tilt up'.")
+NO_TEXT = flags.DEFINE_bool("no_text", False, "Say in the prompt that there is no text in the film.")
 FRAMES = flags.DEFINE_integer("frames", None, "Frames of the film; by default as in training.", lower_bound=1)
 HEIGHT = flags.DEFINE_integer("height", None, "Rows of pixels; by default as in training.", lower_bound=1)
 WIDTH = flags.DEFINE_integer("width", None, "Columns of pixels; by default as in training.", lower_bound=1)
@@ -40,33 +49,52 @@ HELD_OUT = flags.DEFINE_integer("held_out", 0, "Remake so many held-out clips in
 TASKS = flags.DEFINE_list("tasks", ["first", "first_last", "keyframes", "continuation", "character"],
                           "Tasks of the held-out clips.")
 SHOW = flags.DEFINE_integer("show", 2, "Held-out clips of each task that become films.", lower_bound=0)
-SETTINGS = {
-  "solver": flags.DEFINE_string("solver", None, "euler, heun or unipc; by default as in the run's config."),
-  "steps": flags.DEFINE_integer("steps", None, "Sampling steps.", lower_bound=1),
-  "shift": flags.DEFINE_float("shift", None, "Push of the steps toward noise.", lower_bound=1e-3),
-  "guidance": flags.DEFINE_float("guidance", None, "How strongly to follow the prompt; 1 is a single pass.",
-                                 lower_bound=0),
-  "multiplier": flags.DEFINE_float("multiplier", None, "Noise left on given frames, 0 .. 1; 0 keeps them exact.",
-                                   lower_bound=0, upper_bound=1),
+SETTINGS = {  # field of the config -> flag
+  "sample.solver": flags.DEFINE_string("solver", None, "euler, heun or unipc; by default as in the run's config."),
+  "sample.steps": flags.DEFINE_integer("steps", None, "Sampling steps.", lower_bound=1),
+  "sample.shift": flags.DEFINE_float("shift", None, "Push of the steps toward noise.", lower_bound=1e-3),
+  "sample.guidance": flags.DEFINE_float("guidance", None, "How strongly to follow the prompt; 1 is a single pass.",
+                                        lower_bound=0),
+  "sample.guidance_low": flags.DEFINE_float("guidance_low", None, "The same for the second of two experts."),
+  "sample.negative": flags.DEFINE_string("negative", None, "What the film shall not show, where guidance is not 1."),
+  "sample.multiplier": flags.DEFINE_float("multiplier", None, "Noise left on given frames, 0 .. 1; 0 keeps them exact.",
+                                          lower_bound=0, upper_bound=1),
+  "sample.area": flags.DEFINE_integer("area", None, "Pixels of a film in its first picture's shape.", lower_bound=0),
+  "model.adapters": flags.DEFINE_string("adapters", None, "Adapter files to add: FILE, FILE=0.8, low_noise:FILE."),
+  "pretrained": flags.DEFINE_string("pretrained", None, "Folder of a Wan, AniSora or diffusers download."),
+  "data.records": flags.DEFINE_string("records", None, "Clips for --held_out, of a run that was trained on latents."),
 }
 
 
 def main() -> None:
   """Reads the flags and calls the assembly."""
-  folder = Path(entry.needed("workdir", "out/run"))
   keyframes = parse_keyframes(KEYFRAME.value)
-  if HELD_OUT.value and (FIRST.value or LAST.value or CLIP.value or keyframes):
-    raise BadInput("--held_out takes its frames from the records: leave out --first, --last, --keyframe and --clip.")
-  studio = sample.restore(folder, {name: flag.value for name, flag in SETTINGS.items()})
+  pictures = FIRST.value or LAST.value or CLIP.value or keyframes
+  if (HELD_OUT.value or PROMPTS.value) and pictures:
+    raise BadInput("--held_out and --prompts bring their own frames: leave out --first, --last, --keyframe and --clip.")
+  changes = {name: flag.value for name, flag in SETTINGS.items()}
+  if changes["data.records"]:
+    changes["data.encoded"] = False
+  if entry.CONFIG.value is None or WORKDIR.value:
+    made = studio.open_run(Path(entry.needed("workdir", "out/run")), changes)
+  else:
+    made = studio.open_weights(entry.config(), changes)
   if HELD_OUT.value:
-    sample.gallery(studio, folder, TASKS.value, HELD_OUT.value, SHOW.value)
+    sample.gallery(made, Path(WORKDIR.value or OUT.value), TASKS.value, HELD_OUT.value, SHOW.value)
     return
-  like = studio.parts.buckets[0]
-  request = Request(FRAMES.value or like.frames, HEIGHT.value or like.height, WIDTH.value or like.width,
-                    studio.config.data.fps, FIRST.value, LAST.value, keyframes, CLIP.value, KEEP.value, REGION.value,
-                    LOOP.value, FIT.value)
-  sample.make(studio, request, PROMPT.value, Path(OUT.value), SEED.value)
-  print(f"look at {OUT.value}.mp4, {OUT.value}.gif and {OUT.value}.png")
+  frames, out = FRAMES.value or made.parts.buckets[0].frames, Path(OUT.value)
+  ending = prompts.suffix(AESTHETIC.value, MOTION.value, CAMERA.value, NO_TEXT.value)
+  if PROMPTS.value:
+    orders = sample.orders_of(made, PROMPTS.value, frames, ending, out, SEED.value)
+  else:
+    first = FIRST.value or next((keyframes[frame] for frame in sorted(keyframes)), LAST.value)
+    size = sample.size_of(made, first, HEIGHT.value, WIDTH.value)
+    request = Request(frames, *size, made.config.data.fps, FIRST.value, LAST.value, keyframes, CLIP.value, KEEP.value,
+                      REGION.value, LOOP.value, FIT.value)
+    orders = [sample.Order(request, f"{PROMPT.value} {ending}".strip(), out, SEED.value)]
+  sample.make(made, orders)
+  for order in orders:
+    print(f"look at {order.out}.mp4, {order.out}.gif and {order.out}.png")
 
 
 if __name__ == "__main__":

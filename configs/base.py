@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
   config = ConfigDict()
   config.seed = 0  # of every random draw: parameters, order of clips, tasks, times, noise
+  config.pretrained = ""  # folder of a Wan, AniSora or diffusers download, searched for weights that are "" below
 
   config.mesh = ConfigDict({  # devices along each axis; they multiply to the count of devices, and one may be -1
     "data": 1,    # copies of the weights
@@ -19,6 +20,8 @@ def get_config() -> ConfigDict:
   config.model = ConfigDict({
     "size": "tiny",           # in anisora_jax/models/wan/sizes.py
     "weights": "",            # to start from: a file or folder of published weights, or a run; "" for random ones
+    "expert": "",             # of two, as in Wan 2.2 A14B, which is trained: high_noise or low_noise
+    "adapters": "",           # files folded into the weights first: "A", "A=0.8,B"; of one expert "low_noise:A=0.8"
     "attention": "ring",      # full or ring; a ring over seq = 1 is full
     "kernel": "dense",        # dense anywhere; cudnn on NVIDIA GPUs in bfloat16
     "remat": "attention",     # what a layer keeps for its backward pass: none, attention, matmuls, full
@@ -31,13 +34,31 @@ def get_config() -> ConfigDict:
     "where": r"blocks/(\w+_attention/[qkvo]|mlp/(up|down))/",  # regular expression on the paths of kernels
   })
   config.codec = ConfigDict({
-    "name": "pixels",         # pixels moved into channels, no weights
-    "spatial": 2,             # pixels a side of a latent cell
-    "temporal": 1,            # pixel frames of a latent frame
-    "scale": 1.0,             # latents are pixels times this; above 1 the network speaks more of pictures than of noise
+    "name": "pixels",         # pixels moved into channels, no weights; wan21 or wan22: the VAEs of Wan
+    "spatial": 2,             # of pixels: pixels a side of a latent cell
+    "temporal": 1,            # of pixels: pixel frames of a latent frame
+    "scale": 1.0,             # of pixels: latents are pixels times this; above 1 the network speaks more of pictures
+    "weights": "",            # of a VAE, as are the rest: a file, or a folder of diffusers
+    "dtype": "float32",       # of its arithmetic
+    "chunked": True,          # a latent frame at a time: memory that does not grow with the clip, the same result
+    "tile": 0,                # pixels a side of tiles, worked one by one and blended, which bounds memory; 0 for none
+    "overlap": 0,             # pixels by which tiles overlap
+  })
+  config.text = ConfigDict({  # text encoder
+    "name": "words",          # a fixed random vector a word, no weights; umt5_xxl: that of Wan
+    "weights": "",            # of umt5_xxl: a file, or a folder of transformers
+    "tokenizer": "",          # its tokenizer.json, or the folder that holds it
+    "dtype": "bfloat16",      # of its weights and arithmetic
+  })
+  config.image = ConfigDict({ # image encoder, for sizes that read image tokens (Wan 2.1 image-to-video)
+    "name": "clip_vit_h",
+    "weights": "",            # a file, or a folder of transformers
+    "dtype": "float32",       # of its weights and arithmetic
   })
   config.data = ConfigDict({
-    "records": "",            # folders written by data/pack.py, or tfds:NAME: "A" or "A=0.7,tfds:B=0.3"
+    "records": "",            # folders written by data/pack.py or encode, or tfds:NAME: "A" or "A=0.7,tfds:B=0.3"
+    "encoded": False,         # records hold latents, written by encode with this config, and not clips
+    "views": 4,               # masks under which encode looks at each clip; training draws one of them each time
     "buckets": "9x32x48@16",  # frames x height x width @ clips of a global batch; several: "...@16:3,...@4:1"
     "fps": 12.0,              # frames/s that clips are paced to; most animation is drawn at 8 to 12
     "threads": 2,             # readers of a host; decoding leaves Python's lock
@@ -61,6 +82,9 @@ def get_config() -> ConfigDict:
     "late_from": 0.75,        # share of the steps
     "law": "uniform",         # uniform or logit_normal, before the shift
     "shift": 1.0,             # toward noise; Wan: 3 at 480p, 5 at 720p; small pixels need none
+    "given": 0.0,             # share of their noise time that frames given whole have: 0 clean; 1 as Wan trained
+    "low": 0.0,               # noise times are drawn from here ...
+    "high": 1.0,              # ... to here: an expert learns only the times it is asked at
     "pattern": "independent", # how frames draw apart: independent, blocks, monotone, rolling
     "block": 1,               # latent frames that share a time in the pattern "blocks"
   })
@@ -96,7 +120,15 @@ def get_config() -> ConfigDict:
     "solver": "euler",        # euler, heun (two network calls a step), unipc
     "steps": 20,
     "shift": 1.0,             # toward noise, as times.shift
-    "multiplier": 0.0,        # noise left on given frames: 0 never moves them, 0.2 lets them live (Pusa)
+    "start": 1.0,             # noise time of the first step, before the shift; Wan's UniPC: 0.999
+    "end": 0.0,               # noise time of the last step's end, before the shift; diffusers' UniPC: 0.001, then 0
+    "whole": False,           # tell the network whole thousandths, rounded down, as Wan's UniPC does
+    "multiplier": 0.0,        # noise left on given frames: 0 keeps them, 0.2 lets them live (Pusa), 1: see times.given
     "guidance": 1.0,          # of the caption; 1 is a single pass
+    "guidance_low": -1.0,     # the same for the second of two experts; -1 for guidance
+    "negative": "",           # caption to be guided away from
+    "area": 0,                # pixels of a film that takes its shape from its first picture; 0: as in training
+    "area_rule": "i2v",       # how: i2v (Wan 2.1, AniSora) or ti2v (Wan 2.2 TI2V-5B)
+    "boundary": 0.0,          # noise time from which on, upward, the first of two experts is asked; 0 for one network
   })
   return config

@@ -27,12 +27,10 @@ from anisora_jax.adapters import files
 from anisora_jax.adapters.lora import Lora
 from anisora_jax.checkpoints.orbax import Checkpoints
 from anisora_jax.errors import BadInput
-from anisora_jax.experiment import adapters, convert, parts, sample, train
-from anisora_jax.models.pixels import Pixels
+from anisora_jax.experiment import adapters, convert, parts, sample, studio, train
 from anisora_jax.models.wan.names import NAMINGS, entries
 from anisora_jax.sampling.request import Request, lay_out, parse_keyframes
 from anisora_jax.training import optimizer
-from anisora_jax.training.step import Frozen
 from configs import base, tiny
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -147,15 +145,14 @@ def test_adapters_train_beside_a_run_s_weights_the_same_on_every_mesh(straight, 
   kept = state_of(tmp_path / "eight", records, 6)
   assert sum(x.size for x in kept.values()) == 4 * 17_920 + 3  # parameters, average, two moments; three counts of steps
   assert all(np.abs(x).max() > 0 for name, x in kept.items() if "lora_b" in name)
-  studio = sample.restore(tmp_path / "eight", {})
-  assert "lora_a" in studio.params["blocks"]["mlp"]["up"] and "kernel" in studio.params["blocks"]["mlp"]["up"]
-  assert sample.compare(studio, "first", 1, studio.parts.buckets[0])[0].psnr["model"] > 0
+  made = studio.open_run(tmp_path / "eight", {})
+  assert sample.compare(made, "first", 1, made.parts.buckets[0])[0].psnr["model"] > 0
   up = kept[".params['blocks']['mlp']['up']['lora_b']"]
   for form in adapters.FORMATS:
     convert.convert(tmp_path / "eight", tmp_path / form, form)
     tensors = load_file(next((tmp_path / form).glob("*.safetensors")))
     assert len(tensors) == (3 if "comfyui" in form or "kohya" in form else 2) * 10 * 4
-    back, _ = files.read(tensors, {naming: entries(studio.parts.size, naming) for naming in NAMINGS})
+    back, _ = files.read(tensors, {naming: entries(made.parts.size, naming) for naming in NAMINGS})
     np.testing.assert_allclose(back["blocks"]["mlp"]["up"]["lora_b"], 2 * up, rtol=1e-6)  # alpha / rank
   model = WanTransformer3DModel(num_attention_heads=4, attention_head_dim=24, in_channels=25, out_channels=12,
                                 text_dim=64, ffn_dim=256, num_layers=4)
@@ -167,8 +164,7 @@ def test_adapters_train_beside_a_run_s_weights_the_same_on_every_mesh(straight, 
   assert not (tmp_path / "none").exists()
   convert.convert(tmp_path / "eight", tmp_path / "merged", "diffusers", choice=convert.Choice(ema=True))
   merged = load_file(next((tmp_path / "merged").glob("*.safetensors")))["blocks.1.ffn.net.0.proj.weight"].T
-  kernel, a, b = (np.asarray(studio.params["blocks"]["mlp"]["up"][name])[1] for name in ("kernel", "lora_a", "lora_b"))
-  np.testing.assert_allclose(merged, kernel + 2 * a @ b, rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(merged, made.rack.get(0)["blocks"]["mlp"]["up"]["kernel"][1], rtol=1e-5, atol=1e-6)
 
 
 def test_a_run_saved_on_eight_devices_goes_on_with_four(straight, killed, start, tmp_path):
@@ -199,46 +195,46 @@ def test_a_second_config_in_one_folder_is_refused_with_the_difference(killed, st
 
 
 @pytest.fixture
-def studio(straight):
-  return sample.restore(straight, {"steps": 2}, count=1)
+def made(straight):
+  return studio.open_run(straight, {"sample.steps": 2}, count=1)
 
 
-def test_sampled_films_keep_what_was_given_and_come_with_their_sheet(studio, tmp_path):
+def test_sampled_films_keep_what_was_given_and_come_with_their_sheet(made, tmp_path):
   still = np.random.default_rng(0).integers(0, 255, (16, 24, 3), np.uint8)
   Image.fromarray(still).save(tmp_path / "a.png")
   request = Request(5, 16, 24, 12.0, first=str(tmp_path / "a.png"), keyframes={3: str(tmp_path / "a.png")})
-  canvas, mask = lay_out(request, studio.parts.codec.spatial)
-  made = studio.films(canvas[None], mask[None], ["a cat"], 0)[0]
-  np.testing.assert_array_equal(made[[0, 3]], np.stack([still, still]))
-  assert not np.array_equal(made[1], still)
-  sample.make(studio, request, "a cat", tmp_path / "film", seed=0)
+  canvas, mask = lay_out(request, made.parts.codec.spatial)
+  films = made.films(canvas[None], mask[None], ["a cat"], 0)[0]
+  np.testing.assert_array_equal(films[[0, 3]], np.stack([still, still]))
+  assert not np.array_equal(films[1], still)
+  sample.make(made, [sample.Order(request, "a cat", tmp_path / "film", seed=0)])
   assert all((tmp_path / f"film.{kind}").stat().st_size > 200 for kind in ("mp4", "gif", "png"))
 
 
-def test_a_region_is_redrawn_and_nothing_else(studio, tmp_path):
+def test_a_region_is_redrawn_and_nothing_else(made, tmp_path):
   still = np.random.default_rng(1).integers(0, 255, (16, 24, 3), np.uint8)
   Image.fromarray(still).save(tmp_path / "a.png")
   region = np.full((16, 24), 255, np.uint8)
   region[4:12, 8:16] = 0
   Image.fromarray(region).save(tmp_path / "mask.png")
   canvas, mask = lay_out(Request(5, 16, 24, 12.0, first=str(tmp_path / "a.png"), region=str(tmp_path / "mask.png")), 2)
-  made = studio.films(canvas[None], mask[None], [""], 0)[0]
-  outside = np.broadcast_to(region > 0, made.shape[:3])
-  np.testing.assert_array_equal(made[outside], np.broadcast_to(still, made.shape)[outside])
-  assert not np.array_equal(made[1:], np.broadcast_to(still, made.shape)[1:])
+  films = made.films(canvas[None], mask[None], [""], 0)[0]
+  outside = np.broadcast_to(region > 0, films.shape[:3])
+  np.testing.assert_array_equal(films[outside], np.broadcast_to(still, films.shape)[outside])
+  assert not np.array_equal(films[1:], np.broadcast_to(still, films.shape)[1:])
 
 
-def test_hidden_pixels_never_reach_a_film(studio):
+def test_hidden_pixels_never_reach_a_film(made):
   rng = np.random.default_rng(2)
   frames, mask = rng.integers(0, 255, (1, 5, 16, 24, 3), np.uint8), np.zeros((1, 5, 8, 12), bool)
   mask[:, 0] = True
   other = frames.copy()
   other[:, 1:] = rng.integers(0, 255, other[:, 1:].shape, np.uint8)
-  np.testing.assert_array_equal(studio.films(frames, mask, [""], 0), studio.films(other, mask, [""], 0))
+  np.testing.assert_array_equal(made.films(frames, mask, [""], 0), made.films(other, mask, [""], 0))
 
 
-def test_held_out_clips_become_films_numbers_and_a_page(studio, straight):
-  scores = sample.gallery(studio, straight, ["first", "first_last", "character"], count=2, show=1, say=lambda _: None)
+def test_held_out_clips_become_films_numbers_and_a_page(made, straight):
+  scores = sample.gallery(made, straight, ["first", "first_last", "character"], count=2, show=1, say=lambda _: None)
   written = json.loads((straight / "samples" / "scores.json").read_text())
   assert [row["task"] for row in written] == ["first", "first_last", "character"] == [one.task for one in scores]
   page = (straight / "samples" / "report.html").read_text()
@@ -248,21 +244,22 @@ def test_held_out_clips_become_films_numbers_and_a_page(studio, straight):
 
 
 def test_every_field_of_the_base_config_is_read_by_the_assembly():
-  source = "".join((ROOT / "anisora_jax" / "experiment" / name).read_text() for name in
-                   ("parts.py", "train.py", "sample.py"))
+  source = "".join(path.read_text() for path in (ROOT / "anisora_jax" / "experiment").glob("*.py"))
   config, missing = base.get_config(), []
-  made = {"optimizer": optimizer.Optimizer, "codec": Pixels, "lora": Lora}
+  made = {"optimizer": optimizer.Optimizer, "lora": Lora}
   whole = {"mesh", "tasks", "times"}  # read as a whole: their fields are checked by the parts that take them
+  short = {"codec": "settings.", "text": "settings.", "sample": "settings.", "loss": "loss."}  # called so there
   for section, fields in config.items():
     if not isinstance(fields, ConfigDict):
       missing += [] if f"config.{section}" in source else [section]
     elif section in made:
-      missing += sorted(set(fields) - set(made[section].__dataclass_fields__) - {"ema", "name"})
+      missing += sorted(set(fields) - set(made[section].__dataclass_fields__) - {"ema"})
     elif section in whole:
       assert f"config.{section}.to_dict()" in source
     else:
-      here = (f"config.{section}.", "loss." if section == "loss" else "settings." if section == "sample" else "\0")
-      missing += [f"{section}.{name}" for name in fields if not any(f"{start}{name}" in source for start in here)]
+      missing += [f"{section}.{name}" for name in fields if not any(
+        words in source for words in (f"config.{section}.{name}", f'"{section}.{name}"',
+                                      f"{short.get(section, chr(0))}{name}"))]
   assert not missing
 
 
@@ -377,7 +374,7 @@ def test_no_collective_of_a_step_can_overtake_those_of_a_loop(sizes):
   chain, _ = optimizer.build(made.optimizer, parts.abstract_trained(made))
   state, _ = train.training_state(made, chain)
   run = train.compiled_step(made, chain, config, state)
-  lowered = run.lower(state, train.abstract_batch(made, made.buckets[0]), Frozen(made.codec))
+  lowered = run.lower(state, train.abstract_batch(made, made.buckets[0]), train.abstract_frozen(made, config))
   hlo = lowered.compile(QUICK).as_text()
   assert " while(" in hlo and "all-reduce(" in hlo
   assert overtaking(hlo) == []

@@ -17,36 +17,37 @@ from anisora_jax.adapters import lora
 from anisora_jax.diffusion.objective import WEIGHTS
 from anisora_jax.diffusion.times import TimeDraw
 from anisora_jax.errors import BadInput, pick
+from anisora_jax.experiment import encoders
+from anisora_jax.experiment.encoders import DTYPES, Captions
 from anisora_jax.loaders import mixture
 from anisora_jax.loaders.buckets import Bucket, parse
 from anisora_jax.models import attention, codec
-from anisora_jax.models.pixels import Pixels
 from anisora_jax.models.wan import placement as wan_placement
 from anisora_jax.models.wan.dit import REMAT, WanDiT
 from anisora_jax.models.wan.sizes import SIZES, Size
-from anisora_jax.models.words import Words
 from anisora_jax.parallel import mesh as meshes
 from anisora_jax.parallel import placement
 from anisora_jax.tasks.masks import Mixture
 from anisora_jax.training import optimizer, step
 
-CODECS = {"pixels": Pixels}  # name in configs -> codec
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
-
 
 @dataclass(frozen=True)
 class Parts:
-  """What a config describes, made and checked."""
+  """What a config describes, made and checked.
+
+  codec: without its parameters. image_tokens: that the network reads of pictures. encoded: records hold latents.
+  """
 
   mesh: jax.sharding.Mesh
   size: Size
   codec: codec.Codec
-  words: Words
   network: WanDiT
   method: step.Method
   optimizer: optimizer.Optimizer
   lora: lora.Lora | None
   buckets: tuple[Bucket, ...]
+  image_tokens: int
+  encoded: bool
 
   def latent_shape(self, bucket: Bucket) -> tuple[int, int, int]:
     return codec.latent_shape(self.codec, bucket.frames, bucket.height, bucket.width)
@@ -59,7 +60,7 @@ class Parts:
   def work(self, bucket: Bucket) -> tuple[int, float]:
     """(tokens, model FLOPs) of one training step: the backward pass counts twice the forward, nothing counts twice."""
     f, n = self.frame_tokens(bucket)
-    return bucket.batch * f * n, 3 * bucket.batch * self.size.forward_flops(f, n)
+    return bucket.batch * f * n, 3 * bucket.batch * self.size.forward_flops(f, n, self.image_tokens)
 
 
 def saved_config(folder: Path) -> ConfigDict:
@@ -75,15 +76,14 @@ def velocity(network: WanDiT, given: bool, params: PyTree, x, t, condition, text
   if network.fold:  # it folds the adapters of its blocks itself, block by block
     rim = {name: part for name, part in params.items() if name != "blocks"}
     params = {**network.fold(rim), "blocks": params["blocks"]}
-  return network.apply({"params": params}, x, t, text, condition.channels() if given else None)
+  return network.apply({"params": params}, x, t, text, condition.channels() if given else None, condition.image)
 
 
 def assemble(config: ConfigDict, count: int | None = None) -> Parts:
   """Makes the parts. count: devices to use, all by default. Raises BadInput for whatever cannot work."""
   mesh = meshes.build(config.mesh.to_dict(), count)
   size = pick(SIZES, config.model.size, "model size")
-  codec_settings = {name: value for name, value in config.codec.items() if name != "name"}
-  made = pick(CODECS, config.codec.name, "codec")(**codec_settings)
+  made = encoders.codec(config)
   told = made.temporal + made.channels
   if size.channels != made.channels or size.given not in (0, told):
     raise BadInput(f"model size {config.model.size!r} takes latents of {size.channels} channels and {size.given} for "
@@ -92,22 +92,24 @@ def assemble(config: ConfigDict, count: int | None = None) -> Parts:
   dtype = pick(DTYPES, config.model.dtype, "dtype")
   attention.check(config.model.attention, config.model.kernel, mesh, size.heads, config.model.dtype)
   adapted = lora.Lora(**config.lora.to_dict()) if config.lora.rank else None
-  if adapted and not config.model.weights:
+  if adapted and not (config.model.weights or config.pretrained):
     raise BadInput(f"lora.rank is {adapted.rank} and there is no base to adapt: give --config.model.weights=PATH, or "
                    "--config.lora.rank=0 to train the network itself.")
   network = WanDiT(size, mesh, config.model.attention, config.model.kernel, config.model.remat, dtype,
                    config.model.gate, adapted and partial(lora.fold, scale=adapted.scale))
   times, loss = config.times.to_dict(), config.loss
+  given = times.pop("given")
   times["late_from"] = round(times["late_from"] * config.train.steps)
   pick(WEIGHTS, loss.weight, "loss weight")
   method = step.Method(
     velocity=partial(velocity, network, size.given > 0), codec=made, tasks=Mixture(config.tasks.to_dict()),
     times=TimeDraw(**times), weight=loss.weight, drop_text=loss.drop_text, drop_condition=loss.drop_condition,
-    seed=config.seed, micro_batches=config.train.micro_batches)
+    given=given, seed=config.seed, micro_batches=config.train.micro_batches)
   settings = {name: value for name, value in config.optimizer.items() if name != "ema"}
-  parts = Parts(mesh=mesh, size=size, codec=made, words=Words(size.text_tokens, size.text_width), network=network,
-                method=method, optimizer=optimizer.Optimizer(steps=config.train.steps, **settings),
-                lora=adapted, buckets=parse(config.data.buckets))
+  parts = Parts(mesh=mesh, size=size, codec=made, network=network, method=method,
+                optimizer=optimizer.Optimizer(steps=config.train.steps, **settings), lora=adapted,
+                buckets=parse(config.data.buckets), image_tokens=encoders.image_tokens(config, size),
+                encoded=config.data.encoded)
   for bucket in parts.buckets:
     _check_bucket(parts, bucket)
   return parts
@@ -125,15 +127,24 @@ def _check_bucket(parts: Parts, bucket: Bucket) -> None:
                    f"{shards}: take a multiple of it.")
 
 
-def abstract_params(parts: Parts) -> PyTree:
-  """Shapes and placement of the network's parameters; nothing is computed."""
+def abstract_params(parts: Parts, kept: bool = False) -> PyTree:
+  """Shapes and placement of the network's parameters; nothing is computed.
+
+  kept: parameters that are not trained, whose large kernels may be of the dtype in which they are used anyway.
+  """
   f, h, w = parts.latent_shape(parts.buckets[0])
   b = meshes.batch_shards(parts.mesh)
   x = jnp.zeros((b, f, h, w, parts.size.channels))
   shapes = jax.eval_shape(partial(init, parts), x)
   rules = [*wan_placement.RULES, *(wan_placement.IMAGE_RULES if parts.size.image_width else [])]
   placed = placement.shardings(rules, shapes, parts.mesh)
-  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed)
+
+  def place(path: tuple, leaf: jax.ShapeDtypeStruct, sharding) -> jax.ShapeDtypeStruct:
+    name = placement.path_text(path)
+    large = name.startswith("blocks/") and name.endswith("/kernel")
+    return jax.ShapeDtypeStruct(leaf.shape, parts.network.dtype if kept and large else leaf.dtype, sharding=sharding)
+
+  return jax.tree_util.tree_map_with_path(place, shapes, placed)
 
 
 def abstract_trained(parts: Parts) -> PyTree:
@@ -172,13 +183,22 @@ def loader(parts: Parts, config: ConfigDict, split: str, buckets: tuple[Bucket, 
   """The pipeline of a split, this host's share of it."""
   if not config.data.records:
     raise BadInput("no records to read: give --config.data.records=FOLDER, made by data/pack.py from films.")
-  return mixture.Batches(config.data.records, buckets or parts.buckets, split=split, fps=config.data.fps,
+  made = mixture.Batches(config.data.records, buckets or parts.buckets, split=split, fps=config.data.fps,
                          seed=config.seed, shard=meshes.hosts(parts.mesh), threads=config.data.threads)
+  if made.encoded != parts.encoded:
+    raise BadInput(f"{config.data.records} holds {'latents' if made.encoded else 'clips'} and data.encoded is "
+                   f"{parts.encoded}: " + ("set --config.data.encoded=True." if made.encoded else
+                                           "make latents of them with encode, or set --config.data.encoded=False."))
+  return made
 
 
-def to_devices(parts: Parts, batch: dict) -> dict[str, jax.Array]:
-  """A host's batch, captions as text tokens, on the mesh."""
-  host = {name: batch[name] for name in ("frames", "character", "ok")}
-  host["text"] = parts.words(batch["caption"])
+ARRAYS = ("frames", "character", "latents", "known", "mask", "text", "image", "ok")  # of a batch, that a step takes
+
+
+def to_devices(parts: Parts, captions: Captions | None, batch: dict) -> dict[str, jax.Array]:
+  """A host's batch on the mesh. captions: the text encoder; None where records hold text tokens."""
+  host = {name: batch[name] for name in ARRAYS if name in batch}
+  if captions:
+    host["text"] = captions(batch["caption"])
   stop = meshes.tell_all(parts.mesh, int(np.max(batch.get("stop", 0))))
   return {**meshes.to_devices(parts.mesh, host), "stop": stop}

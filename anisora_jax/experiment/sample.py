@@ -3,109 +3,74 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import repeat
-from jaxtyping import Bool, PyTree, UInt8
-from ml_collections import ConfigDict
+from jaxtyping import Bool, UInt8
 from tqdm.auto import tqdm
 
 from anisora_jax import keys
-from anisora_jax.adapters import lora
-from anisora_jax.checkpoints.orbax import Checkpoints
-from anisora_jax.diffusion.times import schedule
 from anisora_jax.errors import BadInput, pick
 from anisora_jax.evaluation import likeness, page
-from anisora_jax.experiment import weights
-from anisora_jax.experiment.parts import Parts, abstract_params, abstract_trained, assemble, loader, saved_config
+from anisora_jax.experiment.parts import loader
+from anisora_jax.experiment.studio import Masks, Studio
 from anisora_jax.loaders.buckets import Bucket
 from anisora_jax.models.codec import latent_shape
 from anisora_jax.parallel import mesh as meshes
-from anisora_jax.sampling import film, guidance, plans, sampler
+from anisora_jax.sampling import film, given, prompts
 from anisora_jax.sampling.request import Request, lay_out
 from anisora_jax.sampling.sheet import Sheet, write_sheet
-from anisora_jax.sampling.solvers import SOLVERS, Solver
-from anisora_jax.shapes import Latents, Text
-from anisora_jax.tasks.conditions import Condition, cells_touched, condition
+from anisora_jax.tasks.conditions import cells_touched
 from anisora_jax.tasks.masks import TASKS, Scene
-from anisora_jax.training import report, state, step
-
-Films = UInt8[np.ndarray, "b F H W 3"]
-Masks = Bool[np.ndarray, "b F h w"]
+from anisora_jax.training import report
 
 
 @dataclass(frozen=True)
-class Studio:
-  """A trained network, ready to make films. params: the averaged ones; trained: the step they are of."""
+class Order:
+  """One film to make: what is given, its caption, where it goes (OUT.mp4, .gif and .png), and the seed of its noise."""
 
-  config: ConfigDict
-  parts: Parts
-  params: PyTree
-  trained: int
-
-  @cached_property
-  def _run(self) -> Callable:
-    return jax.jit(partial(_walk, self.parts.method.velocity, SOLVERS[self.config.sample.solver],
-                           float(self.config.sample.guidance)))
-
-  def films(self, frames: Films, mask: Masks, captions: Sequence[str], number: int) -> Films:
-    """Makes a batch of films. frames: the given pixels, hidden ones are not read. number: of the batch, for its noise.
-
-    A frame is frozen, its noise time 0 at every step, where it is given whole in all films of the batch.
-    """
-    codec, settings = self.parts.codec, self.config.sample
-    given = condition(step.unit(jnp.asarray(frames)), jnp.asarray(mask), codec.encode, codec.temporal)
-    frozen = np.asarray(given.frozen).all(0)
-    sigmas = np.asarray(schedule(settings.steps, settings.shift), np.float32)
-    plan = plans.sync(sigmas, np.where(frozen, settings.multiplier, 1.0).astype(np.float32))
-    text = jnp.asarray(self.parts.words(captions))
-    noise = jax.random.normal(keys.key(self.config.seed, number, "sample"), given.known.shape)
-    made = codec.decode(self._run(self.params, plan, noise, (given, text)))
-    return np.asarray(jnp.clip(jnp.round((made + 1) * 127.5), 0, 255).astype(jnp.uint8))
+  request: Request
+  prompt: str
+  out: Path
+  seed: int
 
 
-def _walk(velocity: Callable, solver: Solver, scale: float, params: PyTree, plan: plans.Plan, noise: Latents,
-          shown: tuple[Condition, Text]) -> Latents:
-  """Samples latents: the compiled part. shown: what is given, and the text."""
-  given, text = shown
-
-  def network(text, x, told):
-    return velocity(params, x, told, given, text)
-
-  guided = guidance.text(partial(network, text), partial(network, jnp.zeros_like(text)), scale)
-  return sampler.sample(guided, plan, noise, given.known, solver, given.held)
+def size_of(studio: Studio, picture: str, height: int | None, width: int | None) -> tuple[int, int]:
+  """(height, width) of a film: as asked, or sample.area pixels in the shape of its first picture, or as in training."""
+  like, settings = studio.parts.buckets[0], studio.config.sample
+  if height or width or not (settings.area and picture):
+    return height or like.height, width or like.width
+  tall, wide = given.read_first(picture).shape[:2]
+  cell = studio.parts.codec.spatial * studio.parts.size.patch
+  return prompts.size_of(tall, wide, settings.area, cell, settings.area_rule)
 
 
-def restore(folder: Path, changes: dict[str, object], count: int | None = None) -> Studio:
-  """The run in a folder with other sampling settings. Reads the averaged parameters only, onto today's devices."""
-  config = saved_config(folder)
-  config.sample.update({name: value for name, value in changes.items() if value is not None})
-  config.mesh = ConfigDict({"seq": -1})  # one film at a time: its tokens are what is worth splitting
-  pick(SOLVERS, config.sample.solver, "solver")
-  parts = assemble(config, count)
-  with Checkpoints(folder / "checkpoints", keep=config.train.keep) as checkpoints:
-    if not checkpoints.steps():
-      raise BadInput(f"{folder} holds no finished checkpoint: train it first, with train --workdir {folder}.")
-    trained, now, _ = checkpoints.restore(state.TrainState(step=..., params=..., ema=abstract_trained(parts), opt=...))
-  params = now.ema
-  if parts.lora:
-    base = weights.source(Path(config.model.weights), parts.size)
-    params = lora.join(weights.read(base, abstract_params(parts)), params)
-  return Studio(config, parts, params, trained)
+def orders_of(studio: Studio, file: str, frames: int, ending: str, out: Path, seed: int) -> list[Order]:
+  """The films of a prompt file of AniSora's form, OUT-000 and so on. ending: of every prompt. Raises BadInput."""
+  made = []
+  for number, line in enumerate(prompts.read_prompts(file)):
+    size = size_of(studio, line.images[0] if line.images else "", None, None)
+    request = Request(frames, *size, studio.config.data.fps, keyframes=prompts.keyframes(line, frames), fit="stretch")
+    made.append(Order(request, f"{line.prompt} {ending}".strip(), out.with_name(f"{out.name}-{number:03}"), seed))
+  return made
 
 
-def make(studio: Studio, request: Request, prompt: str, out: Path, seed: int) -> None:
-  """Makes one film of what a user gives: OUT.mp4, .gif and .png (the contact sheet)."""
-  latent_shape(studio.parts.codec, request.frames, request.height, request.width)
-  canvas, mask = lay_out(request, studio.parts.codec.spatial)
-  made = studio.films(canvas[None], mask[None], [prompt], seed)[0]
-  shown = slice(None, -1) if request.loop else slice(None)  # the last frame of a loop is the first of its next round
-  write_films(out, made[shown], request.fps)
-  write_sheet(out.with_suffix(".png"), Sheet(out.stem, prompt, canvas, mask, made))
+def make(studio: Studio, orders: Sequence[Order]) -> None:
+  """Makes films of what a user gives, each with a gif and a contact sheet. All of it is checked before the first."""
+  cell = studio.parts.codec.spatial
+  for order in orders:
+    latent_shape(studio.parts.codec, order.request.frames, order.request.height, order.request.width)
+    lay_out(order.request, cell)
+  studio.prepare([order.prompt for order in orders])
+  for order in tqdm(orders, desc="films", unit="film", disable=len(orders) == 1):
+    canvas, mask = lay_out(order.request, cell)
+    made = studio.films(canvas[None], mask[None], [order.prompt], order.seed)[0]
+    shown = slice(None, -1) if order.request.loop else slice(None)  # its last frame is the first of the next round
+    write_films(order.out, made[shown], order.request.fps)
+    write_sheet(order.out.with_suffix(".png"), Sheet(order.out.stem, order.prompt, canvas, mask, made))
 
 
 def write_films(path: Path, made: UInt8[np.ndarray, "F H W 3"], fps: float) -> None:
@@ -183,6 +148,9 @@ def gallery(studio: Studio, folder: Path, tasks: Sequence[str], count: int, show
             say: Callable[[str], None] = print) -> list[page.Score]:
   """Remakes held-out clips under each task; writes films, sheets, scores.json and report.html into folder/samples."""
   out, bucket = folder / "samples", studio.parts.buckets[0]
+  if studio.parts.encoded:
+    raise BadInput(f"{folder} was trained on latents, and held-out films are measured against clips: add --records "
+                   "FOLDER, the clips that were encoded.")
   scores, exhibits = [], []
   for task in tasks:
     shown = compare(studio, task, count, bucket)
@@ -193,7 +161,7 @@ def gallery(studio: Studio, folder: Path, tasks: Sequence[str], count: int, show
     say(f"{task}: PSNR of {len(shown)} held-out clips where hidden: model {scores[-1].model:.2f} dB, {rivals}")
   measures = report.read_measures(folder / "measures.jsonl")
   settings = studio.config.sample
-  facts = {"parameters": f"{studio.parts.size.parameters():,}", "trained": f"{studio.trained} steps",
+  facts = {"parameters": f"{studio.parts.size.parameters():,}", "trained": studio.trained,
            "clips": str(bucket), "records": studio.config.data.records, "devices": meshes.describe(studio.parts.mesh),
            "sampling": f"{settings.solver}, {settings.steps} steps, guidance {settings.guidance:g}"}
   plain = [{"task": one.task, "clips": one.clips, "model": one.model, **one.baselines} for one in scores]

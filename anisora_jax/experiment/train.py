@@ -13,7 +13,9 @@ from ml_collections import ConfigDict
 
 from anisora_jax.checkpoints import workdir
 from anisora_jax.checkpoints.orbax import Checkpoints
-from anisora_jax.experiment import weights
+from anisora_jax.errors import BadInput
+from anisora_jax.experiment import encode, encoders, origin
+from anisora_jax.experiment.encoders import Captions
 from anisora_jax.experiment.parts import (
   Parts,
   abstract_params,
@@ -31,18 +33,23 @@ from anisora_jax.training import loop, optimizer, report, state, step
 from anisora_jax.training.stop import Stop
 
 # What a run may be resumed with otherwise: where and how fast it runs and what it tells, not what it learns.
-MAY_CHANGE = ("mesh.*", "model.weights", "model.attention", "model.kernel", "model.remat", "data.threads",
-              "data.records", "sample.*", "train.steps", "train.report", "train.held_out", "train.checkpoint",
-              "train.keep")
+MAY_CHANGE = ("mesh.*", "pretrained", "*.weights", "text.tokenizer", "model.attention", "model.kernel", "model.remat",
+              "data.threads", "data.records", "sample.*", "train.steps", "train.report", "train.held_out",
+              "train.checkpoint", "train.keep")
 
 
 def abstract_batch(parts: Parts, bucket: Bucket) -> dict[str, jax.ShapeDtypeStruct]:
   """Shapes and placement of what the step takes."""
-  b, (f, height, width) = bucket.batch, (bucket.frames, bucket.height, bucket.width)
+  b, (F, height, width), size = bucket.batch, (bucket.frames, bucket.height, bucket.width), parts.size
+  latents, kind = (b, *parts.latent_shape(bucket), size.channels), np.float16 if parts.encoded else np.float32
+  text = {"text": ((b, size.text_tokens, size.text_width), kind), "ok": ((b,), np.float32)}
+  if parts.encoded:
+    shapes = {"latents": (latents, kind), "known": (latents, kind), "mask": ((b, F, *latents[2:4]), np.bool_), **text}
+    if size.image_width:
+      shapes["image"] = ((b, parts.image_tokens, size.image_width), kind)
+  else:
+    shapes = {"frames": ((b, F, height, width, 3), np.uint8), "character": ((b, F, height, width), np.bool_), **text}
   split = jax.sharding.NamedSharding(parts.mesh, jax.P(meshes.BATCH))
-  shapes = {"frames": ((b, f, height, width, 3), np.uint8), "character": ((b, f, height, width), np.bool_),
-            "text": ((b, parts.words.tokens, parts.words.width), np.float32),
-            "ok": ((b,), np.float32)}
   everywhere = jax.sharding.NamedSharding(parts.mesh, jax.P(parts.mesh.axis_names))
   return {**{name: jax.ShapeDtypeStruct(shape, dtype, sharding=split) for name, (shape, dtype) in shapes.items()},
           "stop": jax.ShapeDtypeStruct((parts.mesh.size,), np.int32, sharding=everywhere)}
@@ -77,12 +84,13 @@ def compiled_step(parts: Parts, chain, config: ConfigDict, abstract: PyTree):
                  out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, abstract), None))
 
 
-def held_out_loss(parts: Parts, config: ConfigDict,
-                  frozen: step.Frozen) -> Callable[[state.TrainState], dict[str, float]]:
+def held_out_loss(parts: Parts, config: ConfigDict, frozen: step.Frozen,
+                  captions: Captions | None) -> Callable[[state.TrainState], dict[str, float]]:
   """state -> held-out loss of the averaged parameters in each bin of noise time, on the same clips at every call."""
   measure = jax.jit(step.make_held_out(parts.method))
   clips = loader(parts, config, "held_out", parts.buckets[:1])
-  batches = [to_devices(parts, batch) for _, batch in zip(range(config.train.held_out_batches), clips, strict=False)]
+  wanted = zip(range(config.train.held_out_batches), clips, strict=False)
+  batches = [to_devices(parts, captions, batch) for _, batch in wanted]
   clips.close()
 
   def measures(now: state.TrainState) -> dict[str, float]:
@@ -99,10 +107,23 @@ def parameters(parts: Parts) -> str:
   return f"{parts.size.parameters():,} parameters" + (f", {adapters:,} of adapters are trained" if adapters else "")
 
 
-def base_of(parts: Parts, config: ConfigDict) -> weights.Source | None:
-  """The weights to start from or to adapt, checked and not yet read; None where the config names none."""
-  path = config.model.weights
-  return weights.source(Path(path), parts.size) if path else None
+def frozen_parts(parts: Parts, config: ConfigDict) -> tuple[step.Frozen, Captions | None]:
+  """(what a run reads and does not train, without a base; the text encoder, or None if records hold text tokens)."""
+  if parts.encoded:
+    return step.Frozen(parts.codec, blank=meshes.everywhere(parts.mesh, encode.empty_text(parts, config))), None
+  if parts.image_tokens:
+    raise BadInput(f"model size {config.model.size!r} reads image tokens, which training does not make: turn clips "
+                   "into latents with encode, and train on them with --config.data.encoded=True.")
+  captions = encoders.captions(config, parts.mesh, parts.size)
+  codec = encoders.load_codec(config, parts.mesh, ["encoder"])
+  return step.Frozen(codec, blank=meshes.everywhere(parts.mesh, captions([""])[0])), captions
+
+
+def abstract_frozen(parts: Parts, config: ConfigDict) -> step.Frozen:
+  """Shapes and placement of what a run reads and does not train."""
+  blank = jax.ShapeDtypeStruct((parts.size.text_tokens, parts.size.text_width), np.float32)
+  codec = parts.codec if parts.encoded else encoders.abstract_codec(config, parts.mesh, ["encoder"])
+  return step.Frozen(codec, abstract_params(parts, kept=True) if parts.lora else None, blank)
 
 
 def train(config: ConfigDict, folder: Path, say: Callable[[str], None] = print) -> None:
@@ -116,27 +137,28 @@ def train(config: ConfigDict, folder: Path, say: Callable[[str], None] = print) 
     due = loop.Due(config.train.steps, config.train.report, config.train.held_out, config.train.checkpoint)
     plain = json.loads(config.to_json_best_effort())
     fresh = not Checkpoints(folder / "checkpoints").steps()
-    source = base_of(parts, config) if parts.lora or fresh else None
+    source = origin.source_of(parts, config, config.model.expert) if parts.lora or fresh else None
+    frozen, captions = frozen_parts(parts, config)
     for field, change in workdir.keep_config(folder, plain, MAY_CHANGE).items():
       say(f"resumes with another {field}: {change}")
     with Checkpoints(folder / "checkpoints", keep=config.train.keep, say=say) as checkpoints:
-      began, base = 0, source and weights.read(source, abstract_params(parts))
+      began, start = 0, source and origin.read(parts, config, source, bool(parts.lora), config.model.expert)
       if not fresh:
         began, now, position = checkpoints.restore(abstract)
         batches.seek(position)
         say(f"resumes after step {began} of {config.train.steps}.")
       else:
-        now = make(base)
-      frozen = step.Frozen(parts.codec, base if parts.lora else None)
-      del base  # what was trained from it is a copy
+        now = make(start)
+      frozen = frozen.replace(base=start if parts.lora else None)
+      del start  # what was trained from it is a copy
       run = compiled_step(parts, chain, config, abstract)
       say(f"{meshes.describe(parts.mesh)}; {parameters(parts)}; {batches.length} clips.")
       peak = report.peak(meshes.device_kind(parts.mesh))
       clock = report.Clock(peak=peak and peak * parts.mesh.size)
       with report.Report(folder, began, config.train.steps, meshes.leads()) as out:
         effects = loop.Effects(
-          place=partial(to_devices, parts), work=lambda batch: parts.work(_bucket_of(parts, batch)),
-          held_out=held_out_loss(parts, config, frozen) if config.train.held_out else lambda _: {},
+          place=partial(to_devices, parts, captions), work=lambda batch: parts.work(_bucket_of(parts, batch)),
+          held_out=held_out_loss(parts, config, frozen, captions) if config.train.held_out else lambda _: {},
           save=lambda number, now, position: checkpoints.save(number, now, position, plain),
           wait=checkpoints.wait, report=out, say=out.say)
         now, number, stopped = loop.run(now, lambda now, batch: run(now, batch, frozen), batches, due, effects, stop,
@@ -149,6 +171,9 @@ def train(config: ConfigDict, folder: Path, say: Callable[[str], None] = print) 
 
 
 def _bucket_of(parts: Parts, batch: dict) -> Bucket:
+  if parts.encoded:
+    shape = batch["latents"].shape[1:4]
+    return next(bucket for bucket in parts.buckets if parts.latent_shape(bucket) == shape)
   shape = batch["frames"].shape[1:4]
   return next(bucket for bucket in parts.buckets if (bucket.frames, bucket.height, bucket.width) == shape)
 
@@ -159,7 +184,7 @@ def dry_run(config: ConfigDict, say: Callable[[str], None] = print) -> None:
   chain, _ = optimizer.build(parts.optimizer, abstract_trained(parts))
   abstract, _ = training_state(parts, chain)
   run = compiled_step(parts, chain, config, abstract)
-  frozen = step.Frozen(parts.codec, abstract_params(parts) if parts.lora else None)
+  frozen = abstract_frozen(parts, config)
   say(f"mesh        {meshes.describe(parts.mesh)}")
   say(f"network     {parameters(parts)}")
   for bucket in parts.buckets:

@@ -193,6 +193,7 @@ class Batches(Iterator[dict[str, Any]]):
       for k in range(-(-sum(lengths[number]) // bucket.batch))]
     rows = _HostBatches(served, buckets, orders, turns, seed=seed if train else None, shard=shard)
     self.length = max(map(sum, lengths))
+    self.encoded = isinstance(served[0][0], latents.Latents)
     self.bad: list[tuple[str, str]] = []
     self._batches = iter(grain.MapDataset.source(rows).to_iter_dataset(
       grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)))

@@ -135,6 +135,11 @@ def read_index(folder: Path) -> dict:
     raise BadInput(f"{path} is damaged ({error!r}): pack the films again into another folder.") from error
 
 
+def count(folder: Path, split: str) -> int:
+  """How many records a split of a folder holds. Raises BadInput where there is no index."""
+  return sum(shard["records"] for shard in read_index(folder)["splits"][split])
+
+
 def open_shards(folder: Path, shards: Sequence[dict], index: str) -> tuple[ArrayRecordDataSource | None, int]:
   """(the records of some shards by number, their count). shards: their rows of the file `index`.
 

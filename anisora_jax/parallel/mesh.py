@@ -24,17 +24,18 @@ def simulate(count: int) -> None:
   jax.config.update("jax_num_cpu_devices", count)
 
 
-def build(sizes: Mapping[str, int] | None = None, count: int | None = None) -> Mesh:
+def build(sizes: Mapping[str, int] | None = None, count: int | None = None, alone: bool = False) -> Mesh:
   """A mesh with the axes `AXES`.
 
   sizes: devices along each axis, 1 where unnamed; one may be -1 and takes what is left. count: how many of the devices
-  to use, all by default (1 where no sizes are given). Raises BadInput when the sizes do not multiply to the count.
+  to use, all by default (1 where no sizes are given). alone: of this host's devices, a mesh that no other host shares.
+  Raises BadInput when the sizes do not multiply to the count.
   """
   sizes = dict(sizes or {})
   for name in sizes:
     if name not in AXES:
       raise BadInput(f"no mesh axis is named {name!r}: {nearest(name, AXES)}")
-  devices = jax.devices()[: count if sizes else count or 1]
+  devices = (jax.local_devices() if alone else jax.devices())[: count if sizes else count or 1]
   shape = [int(sizes.get(axis, 1)) for axis in AXES]
   if any(size < 1 and size != -1 for size in shape) or shape.count(-1) > 1:
     raise BadInput(f"mesh {_text(shape)} is impossible: sizes are positive and at most one is -1 (takes what is left).")
@@ -75,17 +76,22 @@ def hosts(mesh: Mesh) -> tuple[int, int]:
 
   Raises BadInput where seq or tensor reach over hosts: two hosts would have to read the same clips.
   """
-  shards = mesh.devices.reshape(batch_shards(mesh), -1)
+  shards, taking = mesh.devices.reshape(batch_shards(mesh), -1), {device.process_index for device in mesh.devices.flat}
   if any(len({device.process_index for device in shard}) > 1 for shard in shards):
     raise BadInput(f"mesh {describe(mesh)}: seq x tensor reach over hosts; make data x fsdp a multiple of the "
-                   f"{jax.process_count()} hosts.")
-  return jax.process_index(), jax.process_count()
+                   f"{len(taking)} hosts.")
+  return sorted(taking).index(jax.process_index()), len(taking)
 
 
 def to_devices(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
   """Joins every host's share `[b/hosts, ...]` to global arrays `[b, ...]` split over data x fsdp."""
   split = NamedSharding(mesh, P(BATCH))
   return {name: jax.make_array_from_process_local_data(split, part) for name, part in batch.items()}
+
+
+def everywhere(mesh: Mesh, x: np.ndarray) -> jax.Array:
+  """An array that every host holds, whole on every device."""
+  return jax.device_put(x, NamedSharding(mesh, P()))
 
 
 def tell_all(mesh: Mesh, flag: int) -> jax.Array:

@@ -77,6 +77,11 @@ def read_film(path: str | Path, fps: float | None = None, count: int | None = No
   return frames
 
 
+def read_first(path: str | Path) -> Picture:
+  """A still, or the first frame of a film. Raises BadInput."""
+  return read_film(path, count=1)[0] if Path(path).suffix.lower() in FILMS else read_image(path)
+
+
 def read_mask(path: str | Path) -> Bool[np.ndarray, "F H W"]:
   """A region mask from a still (F = 1) or a film: white is given and kept, black (or transparent) is generated.
 

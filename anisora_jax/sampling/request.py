@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 from einops import reduce
@@ -62,9 +61,7 @@ def parse_keyframes(words: list[str]) -> dict[int, str]:
 
 def _still(request: Request, path: str) -> UInt8[np.ndarray, "1 H W 3"]:
   """A still in the film's size; of an mp4 its first frame."""
-  is_film = Path(path).suffix.lower() in given.FILMS
-  film = given.read_film(path, count=1) if is_film else given.read_image(path)[None]
-  return given.fit(film, request.height, request.width, request.fit or None, path)
+  return given.fit(given.read_first(path)[None], request.height, request.width, request.fit or None, path)
 
 
 def lay_out(request: Request, cell: int) -> tuple[UInt8[np.ndarray, "F H W 3"], Bool[np.ndarray, "F h w"]]:

@@ -36,7 +36,7 @@ class Method:
   velocity: (params, x, t, condition, text) -> velocity. drop_text, drop_condition: probability that a sample is trained
   without its caption, or with nothing given. given: the share of their noise time that frames have which are given
   whole: at 0 they are clean and need no loss; above, they are trained like the others. micro_batches: parts of a batch
-  whose gradients are added up. blank: text tokens of the empty caption.
+  whose gradients are added up. blank: as of Frozen.
   """
 
   velocity: Callable[[PyTree, Latents, Times, Condition, Array], Latents]
@@ -49,19 +49,20 @@ class Method:
   given: float = 0.0
   seed: int = 0
   micro_batches: int = 1
-  blank: Float[Array, "s e"] | float = 0.0
+  blank: PyTree = 0.0
 
 
 @struct.dataclass
 class Frozen:
   """What a step reads and never changes: an argument of compiled functions, or it would become their constants.
 
-  base: parameters beside which the trained ones stand, as adapters; None where all are trained. blank: as of Method.
+  base: parameters beside which the trained ones stand, as adapters; None where all are trained. blank: text tokens of
+  the empty caption, [s, e], or 0.
   """
 
   codec: Codec
   base: PyTree | None = None
-  blank: Float[Array, "s e"] | float = 0.0
+  blank: PyTree = 0.0
 
 
 def bind(method: Method, frozen: Frozen | None) -> Method:

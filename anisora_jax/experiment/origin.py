@@ -1,0 +1,88 @@
+"""The weights that a run or a film starts from: found, read onto the mesh, adapters of others folded in."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import jax
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import PyTree
+from ml_collections import ConfigDict
+
+from anisora_jax.adapters import files, lora
+from anisora_jax.checkpoints import weights as stored
+from anisora_jax.errors import BadInput
+from anisora_jax.experiment import weights
+from anisora_jax.experiment.parts import Parts, abstract_params
+from anisora_jax.models.wan.names import NAMINGS, entries
+from anisora_jax.models.wan.sizes import Size
+
+
+@dataclass(frozen=True)
+class Adapter:
+  """A file of adapters, how much it counts, and for which of two experts ("" for any)."""
+
+  path: Path
+  scale: float
+  expert: str
+
+  def read(self, size: Size) -> PyTree:
+    """The adapters as ours, float32, on the host. Raises BadInput."""
+    if not self.path.exists():
+      raise BadInput(f"model.adapters names {self.path}, which does not exist: give a file of adapters.")
+    tensors = {name: tensor.view() for name, tensor in stored.find(self.path).items()}
+    try:
+      return files.read(tensors, {naming: entries(size, naming) for naming in NAMINGS})[0]
+    except BadInput as mistake:
+      raise BadInput(f"{self.path}: {mistake}") from None
+
+
+def adapters_of(config: ConfigDict) -> list[Adapter]:
+  """Reads model.adapters, "A", "A=0.8,B" or "low_noise:A=0.8". Raises BadInput."""
+  found = []
+  for word in filter(None, (word.strip() for word in config.model.adapters.split(","))):
+    expert, colon, rest = word.partition(":")
+    expert, rest = (expert, rest) if colon and expert in weights.EXPERTS else ("", word)
+    path, equals, scale = rest.rpartition("=")
+    try:
+      found.append(Adapter(Path(path or scale), float(scale) if equals else 1.0, expert))
+    except ValueError:
+      raise BadInput(f"adapters {word!r} count {scale!r} times, which is no number: write FILE=0.8.") from None
+  return found
+
+
+def source_of(parts: Parts, config: ConfigDict, expert: str = "") -> weights.Source | None:
+  """The weights that the config names, checked and not yet read; None where it names none. Raises BadInput."""
+  path = config.model.weights or config.pretrained
+  return weights.source(Path(path), parts.size, expert) if path else None
+
+
+def read(parts: Parts, config: ConfigDict, source: weights.Source, kept: bool, expert: str = "") -> PyTree:
+  """Puts a source's weights onto the mesh and folds model.adapters into them. kept: as of `abstract_params`."""
+  params = weights.read(source, abstract_params(parts, kept))
+  for adapter in adapters_of(config):
+    if adapter.expert in ("", expert):
+      params = folded(params, adapter.read(parts.size), adapter.scale)
+  return params
+
+
+def folded(params: PyTree, adapters: PyTree, scale: float) -> PyTree:
+  """Parameters with adapters added, each where it was and of its dtype, one kernel after another to spare memory."""
+  flat, more = (flatten_dict(tree, sep="/") for tree in (params, adapters))
+  layers: dict[str, dict] = {}
+  for path, array in more.items():
+    layer, _, name = path.rpartition("/")
+    layers.setdefault(layer, {})[name] = array
+  for layer, found in layers.items():
+    start = f"{layer}/" if layer else ""
+    beside = {path.removeprefix(start): array for path, array in flat.items() if path.rpartition("/")[0] == layer}
+    placed = {name: array.sharding for name, array in beside.items()}
+    made = jax.jit(partial(_fold, scale, layer.startswith("blocks/")), out_shardings=placed)(beside, found)
+    flat |= {start + name: array for name, array in made.items()}
+  return unflatten_dict(flat, sep="/")
+
+
+def _fold(scale: float, stacked: bool, arrays: Mapping[str, jax.Array], adapters: Mapping[str, jax.Array]) -> dict:
+  fold = partial(lora.fold, scale=scale)
+  return jax.lax.map(fold, {**arrays, **adapters}) if stacked else fold({**arrays, **adapters})
