@@ -301,7 +301,7 @@ def test_a_run_of_adapters_gives_its_base_with_them(form, tmp_path):
 def test_merging_holds_few_tensors_at_once(tmp_path, monkeypatch):
   model(SIZES["tiny"]).save_pretrained(tmp_path / "base")
   tuned_run(tmp_path / "run", tmp_path / "base")
-  alive, most, cast = weakref.WeakSet(), [0], weights.cast
+  alive, most, cast = weakref.WeakSet(), [0], tensor_file.cast
 
   class Watched(np.ndarray):
     pass
@@ -313,7 +313,7 @@ def test_merging_holds_few_tensors_at_once(tmp_path, monkeypatch):
     return made
 
   Watched.__hash__ = object.__hash__
-  monkeypatch.setattr(weights, "cast", watched)
+  monkeypatch.setattr(tensor_file, "cast", watched)
   convert(tmp_path / "run", tmp_path / "to", "wan", say=quiet)
   assert 1 <= most[0] <= 3  # one for each worker, one that is handed over
 
@@ -516,9 +516,9 @@ BAD = {  # what is done to a whole folder, whether what is given is then the fil
   "no weights": (lambda f: [path.unlink() for path in f.glob("diff*")], False, "holds no weights"),
   "unknown format": (lambda f: (f / "x.gguf").write_text("GGUF"), True, "of an unknown format"),
   "one expert": (lambda f: (f / "transformer_2").mkdir(), False, "holds transformer_2 and no transformer"),
-  "fp8": (lambda f: save_file({k: x.to(torch.float8_e4m3fn) for k, x in model(TEXT).state_dict().items()},
-                              f / "x.safetensors"), True,
-          "is float8_e4m3fn, and float32, bfloat16, float16 can be kept"),
+  "integers": (lambda f: save_file({k: x.to(torch.int8) for k, x in model(TEXT).state_dict().items()},
+                                   f / "x.safetensors"), True,
+               "is int8, and float32, bfloat16, float16 can be kept"),
 }
 
 

@@ -95,6 +95,15 @@ class Made:
       yield memoryview(data[at: at + len(room)])
 
 
+def cast(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+  """The array in another dtype. Raises BadInput for finite numbers that float16 does not hold."""
+  with np.errstate(over="ignore"):
+    made = array.astype(dtype, copy=False)
+  if dtype == np.float16 and (np.isinf(made) & np.isfinite(array)).any():
+    raise BadInput("some weights are beyond what float16 holds, 65504: take bfloat16.")
+  return made
+
+
 def _no(path: Path, why: str) -> BadInput:
   return BadInput(f"{path} is not a whole safetensors file, {why}: fetch it again.")
 

@@ -12,22 +12,33 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from anisora_jax.checkpoints import tensor_file
+from anisora_jax.checkpoints import scaled, tensor_file
 from anisora_jax.checkpoints.tensor_file import DTYPES, Made, Tensor, readable
 from anisora_jax.errors import BadInput
 
 INDEX = ".index.json"
+BFLOAT16 = np.dtype(jnp.bfloat16)
 PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 
 
-def find(path: Path) -> dict[str, Tensor]:
+def find(path: Path, dtype: np.dtype = BFLOAT16) -> dict[str, Tensor]:
   """The tensors of a weight file, an index, or a folder that holds one file or one index with its shards.
 
-  Raises BadInput in one line for whatever is missing, left over, cut short or unsafe.
+  dtype: of those that are stored in eight bits. Raises BadInput in one line for whatever is missing, left over, cut
+  short or unsafe.
   """
+  stored = _find(path)
+  try:
+    return scaled.widen(stored, dtype)
+  except BadInput as mistake:
+    raise BadInput(f"{path}: {mistake}") from None
+
+
+def _find(path: Path) -> dict[str, Tensor]:
   if path.is_dir():
     path = only(path)
   if path.name.endswith(INDEX):
@@ -111,15 +122,6 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
                 .reshape(tuple(x.shape)))
 
   return {str(name): tensor(x) for name, x in state.items()}
-
-
-def cast(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-  """The array in another dtype. Raises BadInput for finite numbers that float16 does not hold."""
-  with np.errstate(over="ignore"):
-    made = array.astype(dtype, copy=False)
-  if dtype == np.float16 and (np.isinf(made) & np.isfinite(array)).any():
-    raise BadInput("some weights are beyond what float16 holds, 65504: take bfloat16.")
-  return made
 
 
 @runtime_checkable

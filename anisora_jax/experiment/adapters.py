@@ -84,7 +84,7 @@ def merge(tensors: Mapping[str, Tensor], rows: Sequence[Entry], adapters: Mappin
     def add() -> np.ndarray:
       total = tensor.view().astype(np.float32)
       total += scale * change()
-      return weights.cast(total, dtype or tensor.dtype)
+      return tensor_file.cast(total, dtype or tensor.dtype)
 
     return Made(dtype or tensor.dtype, tensor.shape, add)
 

@@ -244,7 +244,7 @@ def _move(tensor: Tensor, place: Stored) -> int:
 
 
 def _cast(dtype: np.dtype, place: Stored, piece: memoryview) -> memoryview:
-  return memoryview(weights.cast(np.frombuffer(piece, dtype), place.dtype).view(np.uint8))
+  return memoryview(tensor_file.cast(np.frombuffer(piece, dtype), place.dtype).view(np.uint8))
 
 
 def _sum(tensor: Stored) -> int:

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from anisora_jax.checkpoints import leaves, weights
 from anisora_jax.checkpoints.orbax import Checkpoints
-from anisora_jax.checkpoints.tensor_file import Made, Tensor
+from anisora_jax.checkpoints.tensor_file import Made, Tensor, cast
 from anisora_jax.errors import BadInput, pick
 from anisora_jax.experiment import adapters
 from anisora_jax.experiment.parts import saved_config
@@ -79,8 +79,9 @@ def find(path: Path, ema: bool = False, dtype: np.dtype | None = None,
          kinds: Sequence[Kind] = (TRANSFORMER,)) -> dict[str, Source]:
   """The network at `path` as {"": source}, or two experts by name. Names and shapes are all checked.
 
-  ema: of a run the averaged parameters. dtype: of what is computed here, which are the weights that a run's adapters
-  change; by default that of its base. kinds: of networks that it may be. Raises BadInput.
+  ema: of a run the averaged parameters. dtype: of what is computed here: of the weights that a run's adapters change,
+  by default that of its base, and of those that are stored in eight bits, by default bfloat16. kinds: of networks that
+  it may be. Raises BadInput.
   """
   path = Path(path)
   if not path.exists():
@@ -90,7 +91,7 @@ def find(path: Path, ema: bool = False, dtype: np.dtype | None = None,
   if ema:
     raise BadInput(f"{path} is no folder of a run, which alone has averaged parameters: leave out --ema.")
   places = _experts(path) if path.is_dir() else {"": path}
-  found = {name: _source(place, kinds) for name, place in places.items()}
+  found = {name: _source(place, kinds, dtype or weights.BFLOAT16) for name, place in places.items()}
   sizes = {published.title(source.kind, source.size) for source in found.values()}
   if len(sizes) > 1:
     raise BadInput(f"{path} holds two experts that are not alike: {' and '.join(sorted(sizes))}.")
@@ -114,7 +115,7 @@ def _experts(folder: Path) -> dict[str, Path]:
   return {"": folder}
 
 
-def _source(place: Path, kinds: Sequence[Kind]) -> Source:
+def _source(place: Path, kinds: Sequence[Kind], dtype: np.dtype) -> Source:
   if (place / SIZE).is_file():
     leaves.check(place / PARAMS)
     try:
@@ -122,7 +123,7 @@ def _source(place: Path, kinds: Sequence[Kind]) -> Source:
     except (ValueError, TypeError):
       raise BadInput(f"{place / SIZE} cannot be read: convert the weights again.") from None
     return _ours(place, size, (place / PARAMS, leaves.ITEM, "params"))
-  stored = weights.find(place)
+  stored = weights.find(place, dtype)
   try:
     kind, naming, known = published.recognise(stored)
     if kind not in kinds:
@@ -177,11 +178,11 @@ def _ours(where: Path, size: Size, checkpoint: tuple[Path, str, str]) -> Source:
 def write_ours(source: Source, folder: Path, dtype: np.dtype | None) -> None:
   """Makes a folder of our format: SIZE and PARAMS. Holds the whole model in memory. Raises OSError."""
   if source.checkpoint:
-    arrays = {path: weights.cast(array.view(), dtype or array.dtype) for path, array in source.tensors.items()}
+    arrays = {path: cast(array.view(), dtype or array.dtype) for path, array in source.tensors.items()}
   else:
     parts = weights.by_path(source.entries())
     kinds = {path: source.tensors[part[0].name].dtype for path, part in parts.items()}
-    arrays = {path: weights.cast(weights.array(source.tensors, part, kinds[path]), dtype or kinds[path])
+    arrays = {path: cast(weights.array(source.tensors, part, kinds[path]), dtype or kinds[path])
               for path, part in parts.items()}
   leaves.write(folder / PARAMS, unflatten_dict(arrays, sep="/"))
   for path, stored in leaves.find(folder / PARAMS).items():
