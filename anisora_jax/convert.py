@@ -11,8 +11,8 @@
 one transformer or with two experts, a .pth file (torch reads it, running none of its code), a run's --workdir, or what
 this program wrote. Which network it is, is seen from its tensors: a transformer, or Wan's codec, text encoder or image
 encoder, of which the formats wan and diffusers are written, and of a codec comfyui. Two experts stay two. Of a run that
-trained adapters the network is the weights beside which it did, with the adapters added. Weights of eight bits, plain or
-with scales, become bfloat16 unless --dtype says else. What is written appears whole, or not at all.
+trained adapters the network is the weights beside which it did, with the adapters added. Weights of eight bits, plain
+or with scales, become bfloat16 unless --dtype says else. What is written appears whole, or not at all.
 """
 
 import signal
