@@ -2,11 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from anisora_jax import keys
@@ -30,8 +30,7 @@ class Draw:
   seed: int
 
 
-@struct.dataclass
-class Encoded:
+class Encoded(NamedTuple):
   """A batch of clips, encoded, float16, and of each clip v views: a mask, what it gives, and its image tokens."""
 
   latents: Latents
@@ -40,9 +39,12 @@ class Encoded:
   image: Float[Array, "v b i y"]
 
 
-def look(draw: Draw, codec: Codec, see: See, frames: Films, character: Bool[Array, "b F H W"],
+def look(draw: Draw, codec: Codec, see: See | None, frames: Films, character: Bool[Array, "b F H W"],
          clips: Int[Array, "b"]) -> Encoded:
-  """Encodes clips and what is given of them. clips: a number of each clip, from which alone its masks are drawn."""
+  """Encodes clips and what is given of them.
+
+  see: the image encoder; None for no image tokens. clips: a number of each clip, from which alone its masks are drawn.
+  """
   films = unit(frames)
   cells = cells_touched(character, codec.spatial)
 
@@ -52,7 +54,7 @@ def look(draw: Draw, codec: Codec, see: See, frames: Films, character: Bool[Arra
     mask = draw.tasks(task, cells, codec.temporal) & kept[:, None, None, None]
     known = condition(films, mask, codec.encode, codec.temporal).known
     image = jnp.zeros((len(clips), 0, 0))
-    if draw.pictures:
+    if see:
       shown = pictures(films, mask, draw.pictures)
       image = rearrange(see(rearrange(shown, "b k H W c -> (b k) H W c")), "(b k) i y -> b (k i) y", k=draw.pictures)
     return mask, known.astype(jnp.float16), image.astype(jnp.float16)
