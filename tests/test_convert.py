@@ -259,12 +259,13 @@ def test_the_alpha_that_peft_and_diffusers_write_beside_adapters_counts(writer, 
   assert apart(velocity(loaded_from(tmp_path / "to"), TEXT), velocity(tuned, TEXT)) < 1e-5
 
 
-def tuned_run(folder: Path, base: Path, size: str = "tiny") -> tuple[dict, dict]:
+def tuned_run(folder: Path, base: Path, **model: str) -> tuple[dict, dict]:
   """The folder of a run that trained adapters beside a base; the adapters and their average."""
-  trees = [drawn_adapters(SIZES[size], seed) for seed in (0, 1)]
+  trees = [drawn_adapters(SIZES["tiny"], seed) for seed in (0, 1)]
   folder.mkdir()
   (folder / "config.json").write_text(json.dumps({
-    "model": {"size": size, "weights": str(base)}, "lora": {"rank": LORA.rank, "alpha": LORA.alpha}}))
+    "model": {"size": "tiny", "weights": str(base), "expert": "", "adapters": "", **model}, "pretrained": "",
+    "lora": {"rank": LORA.rank, "alpha": LORA.alpha}}))
   with Checkpoints(folder / "checkpoints") as checkpoints:
     checkpoints.save(3, {"step": jnp.int32(3), "params": trees[0], "ema": trees[1], "opt": (jnp.ones(2), {})}, {}, {})
   return tuple(trees)
@@ -289,13 +290,28 @@ def test_a_run_of_adapters_gives_its_base_with_them(form, tmp_path):
     source = tmp_path / str(number - 1) if number else tmp_path / "run"
     convert(source, tmp_path / str(number), kept, choice=Choice(not number), say=quiet)
   assert same(state(tmp_path / "2"), {name: x.bfloat16() for name, x in got.items()})
-  placed = sources.read(sources.source(tmp_path / "run", size, ema=True), abstract(size))
-  for ours, theirs in zip(*map(jax.tree.leaves, (placed, lora.merge(base, trees[1], LORA.scale))), strict=True):
-    assert apart(ours, theirs) < 1e-6
+  with pytest.raises(BadInput, match="holds adapters and no whole network: convert it to the format ours"):
+    sources.find(tmp_path / "run")
   (tmp_path / "source").rename(tmp_path / "elsewhere")
   (tmp_path / "ours").rename(tmp_path / "elsewhere" / "ours")
   with pytest.raises(BadInput, match=r"holds adapters, and of the weights beside which they .*does not exist"):
     convert(tmp_path / "run", tmp_path / "no", "wan", say=quiet)
+
+
+def test_a_run_of_adapters_has_the_base_that_it_trained_on(tmp_path):
+  """The expert that its config names, with the adapters that were folded in first."""
+  size, table = SIZES["tiny"], entries(SIZES["tiny"], "diffusers")
+  for folder, seed in (("transformer", 0), ("transformer_2", 1)):
+    model(size, seed=seed).save_pretrained(tmp_path / "pair" / folder)
+  first, other = (lora_file(tmp_path / f"{name}.safetensors", size, "kohya") for name in ("first", "other"))
+  trees = tuned_run(tmp_path / "run", tmp_path / "pair", expert="low_noise",
+                    adapters=f"low_noise:{first}=0.5,high_noise:{other}=0.25")
+  base = names.from_torch({name: x.numpy() for name, x in model(size, seed=1).state_dict().items()}, table)
+  base = lora.merge(base, drawn_adapters(size), 0.5 * LORA.scale)
+  want = names.to_torch(jax.tree.map(np.asarray, lora.merge(base, trees[0], LORA.scale)), table)
+  convert(tmp_path / "run", tmp_path / "to", "diffusers", say=quiet)
+  got = state(tmp_path / "to")
+  assert max(apart(got[name], x) for name, x in want.items()) < 1e-6
 
 
 def test_merging_holds_few_tensors_at_once(tmp_path, monkeypatch):

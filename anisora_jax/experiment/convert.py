@@ -10,21 +10,26 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 from tqdm.auto import tqdm
 
 from anisora_jax.checkpoints import tensor_file, weights
 from anisora_jax.checkpoints.tensor_file import PIECE, Spec, Stored, Tensor, nbytes
 from anisora_jax.errors import BadInput, pick
-from anisora_jax.experiment import adapters
+from anisora_jax.experiment import adapters, origin
+from anisora_jax.experiment.parts import saved_config
 from anisora_jax.experiment.weights import EXPERTS, FOLDERS, TRANSFORMER, Source, find, spoilt, write_ours
+from anisora_jax.experiment.weights import source as base_of
 from anisora_jax.models.wan import published
 from anisora_jax.models.wan.published import KINDS
+from anisora_jax.models.wan.sizes import SIZES
 
 DTYPES = {name: np.dtype(dtype) for name, dtype in
           {"float32": np.float32, "bfloat16": jnp.bfloat16, "float16": np.float16}.items()}
@@ -79,7 +84,7 @@ def convert(path: Path, to: Path, form: str, dtype: str = "", shard: float = 5e9
       write(folder)
     say(f"{to}: written and read back.")
     return
-  found = find(path, choice.ema, cast, tuple(KINDS.values()))
+  found = _tuned(path, choice.ema, cast) or find(path, choice.ema, cast, tuple(KINDS.values()))
   for lora in choice.loras:
     found |= _merged(path, found, lora, choice.scale, cast, say)
   for expert, source in found.items():
@@ -94,6 +99,23 @@ def convert(path: Path, to: Path, form: str, dtype: str = "", shard: float = 5e9
   seconds = time.perf_counter() - began
   say(f"{to}: {total / 1e9:.2f} GB in {seconds:.1f} s, {total / 1e6 / seconds:.0f} MB/s; every tensor was read back "
       f"and {'compared' if form == 'ours' else 'its CRC-32 compared'}.")
+
+
+def _tuned(run: Path, ema: bool, dtype: np.dtype | None) -> dict[str, Source]:
+  """Of a run that trained adapters, the network beside which it did, with the adapters added; {} for all else."""
+  if not (run / "checkpoints").is_dir() or not saved_config(run).lora.rank:
+    return {}
+  config = saved_config(run)
+  size, expert = pick(SIZES, config.model.size, "model size"), config.model.expert
+  try:
+    made = base_of(Path(config.model.weights or config.pretrained), size, expert, dtype=dtype)
+    for adapter in origin.adapters_of(config):  # what its base was given before it was tuned
+      if adapter.expert in ("", expert):
+        made = made.with_adapters(flatten_dict(adapter.read(size), sep="/"), adapter.scale, dtype)
+  except BadInput as mistake:
+    raise BadInput(f"{run} holds adapters, and of the weights beside which they were trained: {mistake}") from None
+  _, lora, found = adapters.of_run(run, config, ema)
+  return {"": replace(made.with_adapters(found, lora.scale, dtype), where=run)}
 
 
 def _merged(path: Path, found: dict[str, Source], lora: str, scale: float, dtype: np.dtype | None,

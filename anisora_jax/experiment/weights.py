@@ -79,15 +79,14 @@ def find(path: Path, ema: bool = False, dtype: np.dtype | None = None,
          kinds: Sequence[Kind] = (TRANSFORMER,)) -> dict[str, Source]:
   """The network at `path` as {"": source}, or two experts by name. Names and shapes are all checked.
 
-  ema: of a run the averaged parameters. dtype: of what is computed here: of the weights that a run's adapters change,
-  by default that of its base, and of those that are stored in eight bits, by default bfloat16. kinds: of networks that
-  it may be. Raises BadInput.
+  ema: of a run the averaged parameters. dtype: of weights that are stored in eight bits, by default bfloat16. kinds: of
+  networks that it may be. Raises BadInput.
   """
   path = Path(path)
   if not path.exists():
     raise BadInput(f"{path} does not exist: give a weight file, or the folder of weights or of a run.")
   if (path / "checkpoints").is_dir():
-    return {"": _run(path, ema, dtype)}
+    return {"": _run(path, ema)}
   if ema:
     raise BadInput(f"{path} is no folder of a run, which alone has averaged parameters: leave out --ema.")
   places = _experts(path) if path.is_dir() else {"": path}
@@ -151,17 +150,12 @@ def _config(folder: Path, kind: Kind) -> dict[str, Any]:
   return config if told else {}
 
 
-def _run(folder: Path, ema: bool, dtype: np.dtype | None) -> Source:
-  """A run's network; where it trained adapters, the weights beside which it did, with the adapters added."""
+def _run(folder: Path, ema: bool) -> Source:
   config = saved_config(folder)
-  size = pick(SIZES, config.model.size, "model size")
   if config.lora.rank:
-    try:
-      base = source(Path(config.model.weights), size, dtype=dtype)
-    except BadInput as mistake:
-      raise BadInput(f"{folder} holds adapters, and of the weights beside which they were trained: {mistake}") from None
-    _, lora, found = adapters.of_run(folder, config, ema)
-    return replace(base.with_adapters(found, lora.scale, dtype), where=folder)
+    raise BadInput(f"{folder} holds adapters and no whole network: convert it to the format ours, which adds them to "
+                   "the weights beside which they were trained, and give that.")
+  size = pick(SIZES, config.model.size, "model size")
   checkpoint = Checkpoints(folder / "checkpoints").newest()
   return _ours(folder, size, (checkpoint, "state", "ema" if ema else "params"))
 
