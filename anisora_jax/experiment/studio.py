@@ -119,8 +119,7 @@ class Studio:
   def _steps(self) -> dict[float, Callable]:
     """Guidance -> one step of sampling, compiled."""
     solver, velocity = SOLVERS[self.config.sample.solver], self.parts.method.velocity
-    return {scale: jax.jit(partial(_step, velocity, solver, scale), donate_argnums=2)
-            for scale in self.scales}
+    return {scale: jax.jit(partial(_step, velocity, solver, scale)) for scale in self.scales}
 
   @property
   def scales(self) -> tuple[float, float]:

@@ -1,0 +1,211 @@
+"""Films from published files: as diffusers' pipeline makes them, with one expert at a time on the devices."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pack
+import published
+import pytest
+import test_encoders
+import test_vae
+import toons
+from compare import apart
+from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+from transformers import AutoTokenizer
+
+from anisora_jax.errors import BadInput
+from anisora_jax.experiment import sample, studio, train
+from anisora_jax.sampling.request import Request, lay_out
+
+ROOT = Path(__file__).resolve().parents[1]
+FRAMES, HEIGHT, WIDTH = 9, 32, 48
+tokens = test_encoders.folder  # a fixture: the tokenizer
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _tables():
+  with published.entered(tiny_wan=published.SIZE):
+    yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quickly():
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def download(tmp_path_factory, tokens):
+  folder = tmp_path_factory.mktemp("Wan-tiny")
+  return folder, published.write(folder, published.SIZE, tokens, experts=2)
+
+
+@pytest.fixture(scope="module")
+def still(tmp_path_factory) -> Path:
+  path = tmp_path_factory.mktemp("stills") / "a.png"
+  pixels = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8)
+  Image.fromarray(pixels).save(path)
+  return path
+
+
+SETTINGS = {"sample__solver": "unipc", "sample__steps": 8, "sample__shift": 5.0, "sample__end": 0.001,
+            "sample__whole": True, "sample__multiplier": 1.0, "sample__boundary": 0.9, "sample__guidance": 3.5,
+            "sample__guidance_low": 2.5, "sample__negative": "the old cat"}
+
+
+def opened(download, changes=(), count=1, **settings) -> studio.Studio:
+  made = published.config("tiny_wan", Path(), download[0], **{**SETTINGS, **settings})
+  return studio.open_weights(made, dict(changes), count)
+
+
+@pytest.fixture(scope="module")
+def made(download) -> studio.Studio:
+  return opened(download)
+
+
+def test_a_film_from_published_files_is_that_of_diffusers_pipeline(made, download, still):
+  folder, models = download
+  request = Request(FRAMES, HEIGHT, WIDTH, 16.0, first=str(still))
+  canvas, mask = lay_out(request, made.parts.codec.spatial)
+  noise = np.random.default_rng(1).normal(size=(1, 3, HEIGHT // 8, WIDTH // 8, 6)).astype(np.float32)
+  pipe = WanImageToVideoPipeline(
+    tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"), text_encoder=models["text_encoder"],
+    vae=models["vae"], transformer=models["transformer"], transformer_2=models["transformer_2"], boundary_ratio=0.9,
+    scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0))
+  pipe.set_progress_bar_config(disable=True)
+  call = {"image": Image.open(still), "prompt": "a cat follows the moon", "negative_prompt": "the old cat",
+          "height": HEIGHT, "width": WIDTH, "num_frames": FRAMES, "num_inference_steps": 8, "guidance_scale": 3.5,
+          "guidance_scale_2": 2.5, "max_sequence_length": published.SIZE.text_tokens,
+          "latents": test_vae.first(noise)}
+  theirs = test_vae.last(pipe(**call, output_type="latent").frames)
+  ours = made.latents(canvas[None], mask[None], ["a cat follows the moon"], jnp.asarray(noise))
+  assert apart(ours, theirs) < 3e-5
+  films = np.asarray(made._decode(made.codec, ours))[0].astype(int)
+  assert np.abs(films - 255 * pipe(**call, output_type="np").frames[0]).max() < 1
+
+
+def test_one_expert_at_a_time_is_on_the_devices_and_comes_back_as_it_was(made, download):
+  high = jax.tree.map(np.asarray, made.rack.get(0))
+  on_device = jax.tree.leaves(made.rack.get(0))
+  low = jax.tree.map(np.asarray, made.rack.get(1))
+  assert all(leaf.is_deleted() for leaf in on_device)
+  assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(made.rack.parked[0])} == {"pinned_host"}
+  jax.tree.map(np.testing.assert_array_equal, high, made.rack.get(0))
+  for model, params in ((download[1]["transformer"], high), (download[1]["transformer_2"], low)):
+    weight = model.state_dict()["blocks.1.ffn.net.0.proj.weight"].numpy()
+    np.testing.assert_array_equal(params["blocks"]["mlp"]["up"]["kernel"][1], weight.T)
+
+
+def test_the_text_encoder_leaves_once_all_captions_are_known(download, still, tmp_path):
+  made = opened(download, sample__steps=1)
+  request = Request(5, HEIGHT, WIDTH, 16.0, first=str(still))
+  orders = [sample.Order(request, f"cat {number}", tmp_path / str(number), 0) for number in range(2)]
+  sample.make(made, orders)
+  assert set(made.told) == {"cat 0", "cat 1", "the old cat"} and "captions" not in made.__dict__
+  assert all((tmp_path / f"{number}.mp4").stat().st_size > 200 for number in range(2))
+
+
+def test_kept_kernels_are_of_the_arithmetic_s_dtype_and_all_else_float32(download):
+  params = opened(download, model__dtype="bfloat16", sample__steps=1).rack.get(0)
+  dtypes = {jax.tree_util.keystr(path, simple=True, separator="/"): str(leaf.dtype)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+  assert {dtype for path, dtype in dtypes.items() if path.startswith("blocks/") and path.endswith("kernel")
+          } == {"bfloat16"}
+  assert {dtype for path, dtype in dtypes.items() if not (path.startswith("blocks/") and path.endswith("kernel"))
+          } == {"float32"}
+
+
+def adapter(path: Path, download) -> Path:
+  """A file of adapters in diffusers' names, of two layers, with random numbers."""
+  draw, state = np.random.default_rng(3), download[1]["transformer"].state_dict()
+  tensors = {}
+  for name in ("blocks.0.attn1.to_q", "blocks.1.attn1.to_q", "blocks.1.ffn.net.2"):
+    o, i = state[f"{name}.weight"].shape
+    tensors |= {f"transformer.{name}.lora_A.weight": draw.normal(size=(3, i)).astype(np.float32),
+                f"transformer.{name}.lora_B.weight": draw.normal(size=(o, 3)).astype(np.float32) / 10}
+  save_file(tensors, path)
+  return path
+
+
+@pytest.mark.parametrize("count", [1, 8])
+def test_adapters_of_a_file_are_added_to_the_expert_they_are_for(download, tmp_path, count):
+  file = adapter(tmp_path / "style.safetensors", download)
+  tensors = load_file(file)
+  made = opened(download, {"model.adapters": f"low_noise:{file}=0.5"}, count)
+  for number, name in enumerate(("transformer", "transformer_2")):
+    params, state = jax.tree.map(np.asarray, made.rack.get(number)), download[1][name].state_dict()
+    for ours, layer, theirs in (("self_attention/q", 0, "blocks.0.attn1.to_q"), ("mlp/down", 1, "blocks.1.ffn.net.2"),
+                                ("mlp/down", 0, "blocks.0.ffn.net.2")):
+      wanted = state[f"{theirs}.weight"].numpy()
+      if number == 1 and f"transformer.{theirs}.lora_A.weight" in tensors:
+        wanted = wanted + 0.5 * (tensors[f"transformer.{theirs}.lora_B.weight"]
+                                 @ tensors[f"transformer.{theirs}.lora_A.weight"])
+      place = params["blocks"]
+      for word in ours.split("/"):
+        place = place[word]
+      np.testing.assert_allclose(place["kernel"][layer], wanted.T, atol=1e-6)
+
+
+def test_a_tuned_expert_samples_beside_the_other_as_published(download, tmp_path):
+  films, packed = tmp_path / "films", tmp_path / "records"
+  films.mkdir()
+  for seed in range(2):
+    toons.write_film(films, f"film-{seed}", toons.draw_film(seed, seconds=3, height=HEIGHT, width=WIDTH, fps=12))
+  pack.main(pack.Settings(clip_seconds=1.0, height=0, width=0, held_out=0.34, threshold=27.0, crf=15, source="",
+                          licence="", shard_megabytes=16.0), films, packed, workers=1)
+  config = published.config("tiny_wan", packed, download[0], model__expert="high_noise", times__low=0.9,
+                            times__given=1.0, train__steps=2, train__held_out=0, optimizer__warmup=1,
+                            **SETTINGS)
+  train.train(config, tmp_path / "run", say=lambda line: None)
+  tuned = studio.open_run(tmp_path / "run", {"sample.steps": 4})
+  up = [np.asarray(tuned.rack.get(number)["blocks"]["mlp"]["up"]["kernel"]) for number in range(2)]
+  for number, name in enumerate(("transformer", "transformer_2")):
+    weight = download[1][name].state_dict()["blocks.1.ffn.net.0.proj.weight"].numpy().T
+    assert np.array_equal(up[number][1], weight) == (number == 1)
+    assert np.abs(up[number][1] - weight).max() < 0.01  # two small steps
+  scores = sample.gallery(tuned, tmp_path / "run", ["first"], count=1, show=1, say=lambda line: None)
+  assert np.isfinite(scores[0].model)
+  config.model.expert = ""
+  with pytest.raises(BadInput, match="holds two experts: say which, high_noise or low_noise"):
+    train.train(config, tmp_path / "other")
+
+
+def test_a_prompt_file_becomes_films_in_the_shape_of_their_pictures(download, still, tmp_path):
+  Image.open(still).resize((64, 32)).save(tmp_path / "wide.png")
+  (tmp_path / "lines.txt").write_text(f"a cat@@{still}\nthe moon, rising@@wide.png,{still}&&0,1\ntext alone\n")
+  command = [sys.executable, "-m", "anisora_jax.sample", "--config=tests/tiny_wan.py", f"--pretrained={download[0]}",
+             f"--prompts={tmp_path / 'lines.txt'}", "--motion=3", "--no_text", "--steps=1",
+             "--guidance=1", f"--out={tmp_path / 'film'}"]
+  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+  assert done.returncode == 0, done.stderr
+  for number, size in enumerate([(48, 32), (48, 16), (48, 32)]):
+    with Image.open(tmp_path / f"film-00{number}.gif") as film:
+      assert film.n_frames > 1 and np.isclose(film.width / film.height, size[0] / size[1])
+  wrong = subprocess.run([*command, "--first=a.png"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+  assert wrong.returncode == 2 and wrong.stderr.splitlines()[-1].startswith("error: --held_out and --prompts bring")
+
+
+WRONG = {  # what is changed -> what is said
+  "no weights at all": ({"pretrained": ""}, "no weights to sample from"),
+  "an adapter that is not there": ({"model.adapters": "none.safetensors"}, "names none.safetensors, which does not"),
+  "an adapter that counts a word": ({"model.adapters": "a.safetensors=much"}, "write FILE=0.8"),
+  "an unknown solver": ({"sample.solver": "eulr"}, "did you mean 'euler'"),
+  "a boundary beyond time": ({"sample.boundary": 1.5}, "noise time in [0, 1]"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_is_one_line(case, download, still, tmp_path):
+  changes, said = WRONG[case]
+  with pytest.raises(BadInput) as mistake:
+    made = opened(download, changes)
+    made.rack.get(0)
+    sample.make(made, [sample.Order(Request(FRAMES, HEIGHT, WIDTH, 16.0, first=str(still)), "", tmp_path / "a", 0)])
+  assert said in str(mistake.value) and "\n" not in str(mistake.value)
