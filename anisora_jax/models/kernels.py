@@ -1,0 +1,211 @@
+"""Attention on one device: the local kernels, and a table of what each can do.
+
+Dense and blockwise attention are one program over tiles of logits; dense takes all logits of a head as one tile.
+Blockwise keeps no more than a tile of them: a running maximum and sum rebuild the softmax (Milakov and Gimelshein 2018,
+arXiv:1805.02867), and the backward pass makes the tiles again from the log-sum-exp (Dao et al. 2022, arXiv:2205.14135).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange, repeat
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+from anisora_jax.errors import BadInput
+from anisora_jax.models import splash
+from anisora_jax.models.splash import EMPTY
+from anisora_jax.parallel.ring import SAVED, Ids, Kernel, Keys, LogSum, Queries
+
+HIDDEN = 10 * EMPTY  # a logit that no softmax sees: exp(HIDDEN - EMPTY) is 0, also where nothing else is seen
+F32 = {"preferred_element_type": jnp.float32}
+# Sides of a blockwise tile, at most. On a CPU its logits are 1 MiB, which the cache of one core holds; elsewhere 4 MiB,
+# since arrays go through slower memory and only large products keep the units for them busy.
+SIDE = {"cpu": 512}
+SIDE_ELSEWHERE = 1024
+# How many logits are made at once, in one tile or in the tiles of several heads: on a CPU 4 MiB, else 1 GiB.
+LOGITS = {"cpu": 2**20}
+LOGITS_ELSEWHERE = 2**28
+
+Side = Callable[[int], int]  # length -> side of its tiles
+
+
+def whole(length: int) -> int:
+  return length
+
+
+def even(length: int) -> int:
+  """The side of the fewest tiles that are small enough, all alike: the last one is filled up as little as can be."""
+  most = SIDE.get(jax.default_backend(), SIDE_ELSEWHERE)
+  return -(-length // -(-length // most))
+
+
+def _by_head(work: Callable, side: Side, ids: Ids, *arrays: Array) -> tuple[Array, ...]:
+  """Maps `work` over the heads of all clips: as many at once as LOGITS allows, at least one.
+
+  arrays: [b, l, a, k], which work sees as [l, k], or [b, a, l], seen as [l]; last it gets the ids of its clip. What it
+  returns comes back in the same two forms.
+  """
+  (b, l, a, _), s = arrays[0].shape, arrays[1].shape[1]
+  if ids is None and s % side(s):  # the keys that fill the last tile up must be hidden
+    ids = jnp.zeros((b, l), jnp.int32), jnp.zeros((b, s), jnp.int32)
+  apart = [rearrange(x, "b l a k -> (b a) l k" if x.ndim == 4 else "b a l -> (b a) l") for x in arrays]
+  apart.append(jax.tree.map(lambda x: repeat(x, "b l -> (b a) l", a=a), ids))
+  most = LOGITS.get(jax.default_backend(), LOGITS_ELSEWHERE) // (side(l) * side(s))
+  group = max(size for size in range(1, b * a + 1) if b * a % size == 0 and size <= max(1, most))
+  if group == b * a:  # a loop of one turn would only hide the work from the compiler
+    done = jax.vmap(work)(*apart)
+  else:
+    done = lax.map(lambda heads: work(*heads), tuple(apart), batch_size=group)
+  return tuple(rearrange(x, "(b a) l k -> b l a k" if x.ndim == 3 else "(b a) l -> b a l", b=b) for x in done)
+
+
+def _tiles(side: int, arrays):
+  """Cuts a tree of [l, ...] to [tile, side, ...], filled up with zeros, ids with -1."""
+  def cut(x):
+    fill = -1 if jnp.issubdtype(x.dtype, jnp.integer) else 0
+    pads = [(0, -len(x) % side)] + [(0, 0)] * (x.ndim - 1)
+    return jnp.pad(x, pads, constant_values=fill).reshape(-1, side, *x.shape[1:])
+
+  return jax.tree.map(cut, arrays)
+
+
+def _loop(turn: Callable, carry, tiles):
+  """lax.scan, but straight on when there is one tile."""
+  if len(jax.tree.leaves(tiles)[0]) > 1:
+    return lax.scan(turn, carry, tiles)
+  carry, made = turn(carry, jax.tree.map(lambda x: x[0], tiles))
+  return carry, jax.tree.map(lambda x: x[None], made)
+
+
+def _logits(rows: Float[Array, "x k"], columns: Float[Array, "y k"], row_ids, column_ids) -> Float[Array, "x y"]:
+  logits = jnp.einsum("xk,yk->xy", rows, columns, **F32) * rows.shape[-1] ** -0.5
+  if row_ids is None:
+    return logits
+  return jnp.where((row_ids[:, None] == column_ids[None]) & (column_ids >= 0)[None], logits, HIDDEN)
+
+
+@dataclass(frozen=True)
+class Tiled:
+  """Attention by tiles of logits in f32. side: of tiles, from the length that they cut."""
+
+  side: Side
+
+  def forward(self, q: Queries, k: Keys, v: Keys, ids: Ids = None):
+    def head(q, k, v, ids):
+      (l, width), s, (q_ids, k_ids) = q.shape, len(k), ids or (None, None)
+      queries, keys = _tiles(self.side(l), (q, q_ids)), _tiles(self.side(s), (k, v, k_ids))
+
+      def row(_, tile):
+        q, q_ids = tile
+
+        def column(carry, tile):
+          (o, total, top), (k, v, k_ids) = carry, tile
+          logits = _logits(q, k, q_ids, k_ids)
+          higher = jnp.maximum(top, logits.max(-1))
+          weights, fade = jnp.exp(logits - higher[:, None]), jnp.exp(top - higher)
+          o = o * fade[:, None] + jnp.einsum("ls,sk->lk", weights.astype(v.dtype), v, **F32)
+          return (o, total * fade + weights.sum(-1), higher), None
+
+        none = jnp.zeros_like(q, jnp.float32)
+        (o, total, top), _ = _loop(column, (none, none[:, 0], jnp.full_like(none[:, 0], EMPTY)), keys)
+        total = jnp.where(total == 0, 1.0, total)
+        return None, (o / total[:, None], top + jnp.log(total))
+
+      _, (o, lse) = _loop(row, None, queries)
+      return o.reshape(-1, width)[:l], lse.reshape(-1)[:l]
+
+    return _by_head(head, self.side, ids, q, k, v)
+
+  def backward(self, q: Queries, k: Keys, v: Keys, ids: Ids, lse: LogSum, delta: LogSum, do: Queries):
+    def head(q, k, v, lse, delta, do, ids):
+      (l, width), s, (q_ids, k_ids) = q.shape, len(k), ids or (None, None)
+      queries, keys = _tiles(self.side(l), (q, lse, delta, do, q_ids)), _tiles(self.side(s), (k, v, k_ids))
+
+      def column(dq, tile):
+        k, v, k_ids = tile
+
+        def row(carry, tile):
+          (dk, dv), (q, lse, delta, do, q_ids) = carry, tile
+          # [s, l]: XLA's products on a CPU are slow where they sum over the first side of a tile, here once, not twice.
+          weights = jnp.exp(_logits(k, q, k_ids, q_ids) - lse[None])
+          dlogits = (weights * (jnp.einsum("sk,lk->sl", v, do, **F32) - delta[None])).astype(q.dtype)
+          dk = dk + jnp.einsum("sl,lk->sk", dlogits, q, **F32)
+          dv = dv + jnp.einsum("sl,lk->sk", weights.astype(do.dtype), do, **F32)
+          return (dk, dv), jnp.einsum("sl,sk->lk", dlogits, k, **F32)
+
+        none = jnp.zeros_like(k, jnp.float32)
+        kept, dq_part = _loop(row, (none, none), queries)
+        return dq + dq_part, kept
+
+      dq, (dk, dv) = _loop(column, jnp.zeros_like(queries[0], jnp.float32), keys)
+      dq, dk, dv = dq.reshape(-1, width)[:l], dk.reshape(-1, width)[:s], dv.reshape(-1, width)[:s]
+      return dq * width ** -0.5, dk * width ** -0.5, dv
+
+    return _by_head(head, self.side, ids, q, k, v, lse, delta, do)
+
+
+DENSE, BLOCKWISE = (Kernel(tiled.forward, tiled.backward) for tiled in (Tiled(whole), Tiled(even)))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def attend(kernel: Kernel, q: Queries, k: Keys, v: Keys, ids: Ids = None) -> Queries:
+  """Attention on one device that keeps only its output and log-sum-exp for the backward pass."""
+  return kernel.forward(q, k, v, ids)[0].astype(q.dtype)
+
+
+def _saving(kernel, q, k, v, ids):
+  o, lse = kernel.forward(q, k, v, ids)
+  o, lse = (checkpoint_name(x, SAVED) for x in (o.astype(q.dtype), lse))
+  return o, (q, k, v, ids, o, lse)
+
+
+def _gradients(kernel, saved, do):
+  q, k, v, ids, o, lse = saved
+  delta = jnp.einsum("blak,blak->bal", o.astype(jnp.float32), do.astype(jnp.float32))
+  grads = kernel.backward(q, k, v, ids, lse, delta, do)
+  return *(grad.astype(x.dtype) for grad, x in zip(grads, (q, k, v), strict=True)), None
+
+
+attend.defvjp(_saving, _gradients)
+
+
+def cudnn(q: Queries, k: Keys, v: Keys, ids: Ids = None) -> Queries:
+  """NVIDIA's fused attention.
+
+  Not for a ring: what JAX makes public of it (0.10 and 0.11) rounds the log-sum-exp to the inputs' type, lets no
+  gradient through it, and takes none from outside in the backward pass. A mask would be an array of all logits.
+  """
+  if ids is not None:
+    raise BadInput("kernel 'cudnn' takes no segment ids or padding: choose tokens that divide, or kernel 'blockwise'.")
+  o = jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+  return checkpoint_name(o, SAVED)
+
+
+class Local(NamedTuple):
+  """A kernel and what it can do."""
+
+  attend: Callable[..., Array]      # (q, k, v, ids) -> o, all keys on one device
+  block: Kernel | None = None       # one block of keys with its log-sum-exp, as a ring needs; None: it returns none
+  ids: bool = True                  # takes segment ids, and so padding
+  trains: bool = True               # has a backward pass
+  platform: str | None = None       # the only one it runs on
+  dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
+  typed: bool = True                # its types tell which mesh axes a value varies over; those of Pallas do not
+
+
+def _from_blocks(block: Kernel, **limits) -> Local:
+  return Local(partial(attend, block), block, **limits)
+
+
+LOCAL = {  # name in configs -> kernel
+  "dense": _from_blocks(DENSE),
+  "blockwise": _from_blocks(BLOCKWISE),
+  "splash": _from_blocks(splash.SPLASH, platform="tpu", dtypes=("float32", "bfloat16"), typed=False),
+  "cudnn": Local(cudnn, ids=False, platform="gpu", dtypes=("bfloat16", "float16")),
+}

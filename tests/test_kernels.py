@@ -1,0 +1,209 @@
+"""Every local attention kernel is one softmax, keeps what it promises to keep, and is refused where it cannot run.
+
+The witness is torch in f64. Pallas's kernel runs interpreted.
+"""
+
+import re
+from functools import partial
+from itertools import product
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from compare import apart
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from quick import QUICK
+
+from anisora_jax.errors import BadInput
+from anisora_jax.models import attention, kernels, splash
+from anisora_jax.models.kernels import LOCAL
+from anisora_jax.models.wan.dit import REMAT
+from anisora_jax.parallel import mesh
+
+BLOCKS = [name for name, local in LOCAL.items() if local.block]
+
+
+@pytest.fixture(autouse=True)
+def _small_tiles(monkeypatch):
+  monkeypatch.setitem(kernels.SIDE, "cpu", 16)
+  monkeypatch.setattr(splash, "INTERPRET", True)
+
+
+def arrays(l: int, s: int, dtype=jnp.float32, width: int = 8):
+  """q, k, v and the gradient of the output."""
+  draw = np.random.default_rng(l)
+  return [jnp.asarray(draw.normal(size=(2, length, 3, width)), dtype) for length in (l, s, s, l)]
+
+
+def witness(q, k, v, do, ids) -> list[np.ndarray]:
+  """Output, gradients and log-sum-exp in f64; what sees nothing is 0."""
+  q, k, v, do = (torch.tensor(np.asarray(x, np.float64)).transpose(1, 2) for x in (q, k, v, do))
+  q, k, v = (x.requires_grad_() for x in (q, k, v))
+  seen = torch.ones(2, 1, q.shape[2], k.shape[2], dtype=torch.bool)
+  if ids is not None:
+    queries, keys = (torch.tensor(np.asarray(x)) for x in ids)
+    seen = ((queries[:, :, None] == keys[:, None]) & (keys >= 0)[:, None])[:, None]
+  some = seen.any(-1, keepdim=True)
+  o = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen | ~some) * some
+  logits = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(~seen, -torch.inf)
+  made = [x.detach().transpose(1, 2).numpy() for x in (o, *torch.autograd.grad(o, (q, k, v), do))]
+  return [*made, torch.logsumexp(logits, -1).detach().numpy()]
+
+
+def both(name: str, q, k, v, do, ids):
+  """Output and gradients."""
+  o, back = jax.vjp(lambda *parts: LOCAL[name].attend(*parts, ids), q, k, v)
+  return [o, *back(do)]
+
+
+def assert_equal(got, want):
+  for index, (ours, true) in enumerate(zip(got, want, strict=True)):
+    assert np.isfinite(ours).all()
+    assert np.abs(ours - true).max() <= (1e-4 if index else 1e-5) * max(np.abs(true).max(), 1), index
+
+
+@pytest.mark.parametrize("hidden", [False, True], ids=["all", "ids"])
+@pytest.mark.parametrize(("l", "s"), [(1, 1), (30, 30), (33, 33), (57, 57), (130, 130), (1, 40), (600, 130)])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_values_and_gradients_are_those_of_softmax(name, l, s, hidden):
+  draw, parts = np.random.default_rng(s), arrays(l, s)
+  ids = tuple(jnp.asarray(draw.integers(-1, 3, (2, length))) for length in (l, s)) if hidden else None
+  assert_equal(jax.jit(partial(both, name), compiler_options=QUICK)(*parts, ids), witness(*parts, ids)[:4])
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_any_segments(name):
+  """Also such in which whole tiles, or all keys of some queries, are hidden."""
+  parts = arrays(34, 19)
+  step = jax.jit(partial(both, name), compiler_options=QUICK)
+  ids = st.lists(st.integers(-2, 2), min_size=53, max_size=53) | st.lists(
+    st.integers(-2, 2), min_size=53, max_size=53).map(sorted)
+
+  @settings(max_examples=20, deadline=None)
+  @given(ids, ids)
+  def law(one, other):
+    both_clips = jnp.array([one, other])
+    pair = both_clips[:, :34], both_clips[:, 34:]
+    assert_equal(step(*parts, pair), witness(*parts, pair)[:4])
+
+  law()
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_the_log_sum_exp_is_of_all_keys_and_finite_where_none_is_seen(name):
+  parts, ids = arrays(33, 57), (jnp.arange(66).reshape(2, 33) % 4 - 1, jnp.arange(114).reshape(2, 57) % 2)
+  lse, true = LOCAL[name].block.forward(*parts[:3], ids)[1], witness(*parts, ids)[4]
+  none = np.isneginf(true)
+  assert none.any() and (lse[none] == splash.EMPTY).all() and apart(lse[~none], true[~none]) < 1e-6
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_bf16_inputs_meet_an_f32_softmax(name):
+  parts = arrays(57, 57, jnp.bfloat16, 16)  # 1/sqrt(16) is a power of two: scaling rounds nothing
+  o, lse = LOCAL[name].block.forward(*parts[:3])
+  want = witness(*parts, None)
+  assert o.dtype == lse.dtype == jnp.float32 and apart(lse, want[4]) < 1e-6
+  got = both(name, *parts, None)
+  assert all(x.dtype == jnp.bfloat16 for x in got)
+  # bf16 keeps 8 bits: weights, the output and logits' gradients are rounded once each.
+  assert all(apart(x.astype(jnp.float32), true) < 1e-2 for x, true in zip(got, want[:4], strict=True))
+
+
+def layers(name: str, policy: str, parts):
+  """The gradient of a stack of layers, traced: scanned and rematerialised as the network's are."""
+  def layer(q, kv):
+    return jax.checkpoint(partial(LOCAL[name].attend, ids=None), policy=REMAT[policy])(q, *kv), None
+
+  def stack(q, k, v):
+    return jax.lax.scan(layer, q, (jnp.stack([k] * 3), jnp.stack([v] * 3)))[0]
+
+  return jax.jit(lambda q, k, v, do: jax.vjp(stack, q, k, v)[1](do)).trace(*parts)
+
+
+@pytest.mark.parametrize("name", ["dense", "blockwise"])
+def test_attention_is_computed_once_under_its_policy(name):
+  """Exponentials of a tile of logits: forward, backward, and when forward is done again."""
+  side = LOCAL[name].block.forward.__self__.side(64)
+  weights = re.compile(rf"= f32\[6,{side},{side}\]\S* exponential\(")
+  count = {policy: len(weights.findall(layers(name, policy, arrays(64, 64)).lower().compile(QUICK).as_text()))
+           for policy in ("none", "attention", "full")}
+  assert count == {"none": 2, "attention": 2, "full": 3}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_splash_is_lowered_for_a_tpu_and_computed_once_under_its_policy(dtype, monkeypatch):
+  """Three programs: forward, gradients of keys and values, gradient of queries."""
+  monkeypatch.setattr(splash, "INTERPRET", False)
+  count = {}
+  for policy in ("none", "attention", "full"):
+    text = layers("splash", policy, arrays(600, 130, dtype)).lower(lowering_platforms=("tpu",)).as_text()
+    assert "has_side_effect = true" not in text  # so that XLA drops a program whose results nothing reads
+    count[policy] = sum(f"{name}#" in function for function in text.split("func.func")
+                        for name in re.findall(r"(%\d+):\d+ = stablehlo.custom_call @tpu_custom_call", function))
+  assert count == {"none": 3, "attention": 3, "full": 4}
+
+
+def test_memory_grows_with_the_length_and_not_with_its_square(monkeypatch):
+  """Temporary memory of the gradients, when a tile is small beside the clip."""
+  monkeypatch.setitem(kernels.LOGITS, "cpu", 1)
+
+  def memory(name, l):
+    array = jax.ShapeDtypeStruct((1, l, 2, 8), jnp.float32)
+    step = jax.jit(partial(both, name)).lower(*[array] * 4, None)
+    return step.compile({"xla_cpu_enable_concurrency_optimized_scheduler": False}).memory_analysis().temp_size_in_bytes
+
+  grow = {name: [memory(name, 2 * l) / memory(name, l) for l in (1024, 2048)] for name in ("dense", "blockwise")}
+  assert max(grow["blockwise"]) < 2.1 and min(grow["dense"]) > 3.6, grow
+  assert memory("blockwise", 4096) < memory("dense", 4096) / 50
+
+
+@given(st.integers(1, 10**6))
+def test_tiles_are_few_and_alike(length):
+  side = kernels.even(length)
+  count = -(-length // side)
+  assert side <= kernels.SIDE["cpu"] and count == -(-length // kernels.SIDE["cpu"]) and count * side - length < count
+
+
+RUNS = list(product(("float32", "bfloat16", "float16"), (1, 2), (False, True), (False, True)))
+
+
+def refusal(kernel: str, dtype: str, seq: int, ids: bool, trains: bool) -> str:
+  """Why a kernel is refused, or nothing."""
+  try:
+    attention.check("ring", kernel, mesh.build({"seq": seq}, count=seq), 4, dtype, ids, trains)
+  except BadInput as mistake:
+    return str(mistake)
+  return ""
+
+
+@pytest.mark.parametrize("here", ["dense", "cudnn", "splash"])
+def test_a_refusal_names_the_kernels_that_are_not_refused(here, monkeypatch):
+  """here: which kernel's platform this machine poses as."""
+  monkeypatch.setitem(LOCAL, here, LOCAL[here]._replace(platform="cpu"))
+  monkeypatch.setitem(LOCAL, "forward", LOCAL["dense"]._replace(trains=False))
+  said = {(name, run): refusal(name, *run) for name in LOCAL for run in RUNS}
+  for (name, run), words in said.items():
+    named = words.split("use one of ")[1].rstrip(".").split(", ") if words else [name]
+    assert set(named) <= {other for other in LOCAL if not said[other, run]} and "\n" not in words
+    assert not words or set(named) == {other for other in LOCAL if not said[other, run]}
+
+
+@pytest.mark.parametrize(("kernel", "platform", "run", "words"), [
+  ("cudnn", "gpu", ("bfloat16", 1, False, True), "needs a GPU, here is a cpu: use one of dense, blockwise."),
+  ("splash", "tpu", ("float32", 1, False, True), "needs a TPU, here is a cpu: use one of dense, blockwise."),
+  ("splash", "cpu", ("float16", 1, False, True), "works in float32 or bfloat16, not in float16: use one of dense"),
+  ("cudnn", "cpu", ("bfloat16", 2, False, True), "returns no log-sum-exp, which a ring over seq = 2 needs: use one of"),
+  ("cudnn", "cpu", ("bfloat16", 1, True, True), "takes no segment ids or padding: use one of dense, blockwise."),
+])
+def test_what_a_kernel_cannot_do_is_said(kernel, platform, run, words, monkeypatch):
+  monkeypatch.setitem(LOCAL, kernel, LOCAL[kernel]._replace(platform=platform))
+  assert refusal(kernel, *run).startswith(f"kernel {kernel!r} {words}")
+
+
+def test_cudnn_refuses_segments_also_where_nothing_was_checked():
+  q, k, v, _ = arrays(8, 8)
+  with pytest.raises(BadInput, match="takes no segment ids or padding"):
+    LOCAL["cudnn"].attend(q, k, v, (jnp.zeros((2, 8), jnp.int32),) * 2)
