@@ -48,12 +48,22 @@ def _parse(arguments: Sequence[str]) -> None:
   except (AttributeError, KeyError) as error:
     raise BadInput(f"no config field is named {' '.join(str(error.args[0]).split())}") from None
   except (flags.Error, ValueError, TypeError) as error:
-    raise BadInput(" ".join(str(error).split())) from None
+    raise BadInput(_last_word(str(error))) from None
   except OSError as error:
     path = re.search(r"Relative path\]:\s+(\S+)", str(error))
     raise BadInput(f"config file {path.group(1) if path else ''} cannot be read: give a file of configs/.") from None
   if len(rest) > 1:
     raise BadInput(f"unexpected words {' '.join(rest[1:])}: flags are written --name value or --name=value.")
+
+
+def _last_word(text: str) -> str:
+  """An error in one line; of one that ml_collections tells with the traceback of a config file, what it ends in."""
+  if "Traceback (most recent call last)" not in text:
+    return " ".join(text.split())
+  kind, _, said = text.strip().splitlines()[-1].partition(": ")
+  if kind == "TypeError" and "get_config()" in said:
+    return f"the config takes no word after its name ({said}): leave out what stands behind the colon."
+  return said if kind == "ValueError" else f"the config file cannot be run: {kind}: {said}"
 
 
 def _known() -> list[str]:

@@ -30,7 +30,7 @@ tokens = test_encoders.folder  # a fixture: the tokenizer
 
 @pytest.fixture(scope="module", autouse=True)
 def _tables():
-  with published.entered(tiny_wan=published.SIZE):
+  with published.entered(tiny_wan=published.SIZE, tiny_wan_t2v=replace(published.SIZE, given=0)):
     yield
 
 
@@ -190,6 +190,26 @@ def test_a_prompt_file_becomes_films_in_the_shape_of_their_pictures(download, st
       assert film.n_frames > 1 and np.isclose(film.width / film.height, size[0] / size[1])
   wrong = subprocess.run([*command, "--first=a.png"], cwd=ROOT, capture_output=True, text=True, timeout=300)
   assert wrong.returncode == 2 and wrong.stderr.splitlines()[-1].startswith("error: --held_out and --prompts bring")
+
+
+def test_a_network_without_a_mask_is_given_whole_latent_frames_or_refuses(tokens, still, tmp_path):
+  published.write(tmp_path / "t2v", replace(published.SIZE, given=0), tokens)
+  made = opened((tmp_path / "t2v",), model__size="tiny_wan_t2v", sample__boundary=0.0, sample__multiplier=0.0,
+                sample__steps=1)
+
+  def latents(request: Request) -> np.ndarray:
+    canvas, mask = lay_out(request, 8)
+    return np.asarray(made.latents(canvas[None], mask[None], [""]))
+
+  size = (FRAMES, HEIGHT, WIDTH, 16.0)
+  one, text = latents(Request(*size, first=str(still))), latents(Request(*size))
+  pixels = np.asarray(Image.open(still))[None, None].astype(np.float32) / 127.5 - 1
+  assert apart(one[:, :1], np.asarray(made.codec.encode(jnp.asarray(pixels)))) < 1e-5 < apart(text, one)
+  with pytest.raises(BadInput, match=r"noise time alone, and of frames 5 \.\. 8 only a part is given: give all of"):
+    latents(Request(*size, first=str(still), last=str(still)))
+  made.config.sample.multiplier = 1.0
+  with pytest.raises(BadInput, match=r"of frame 0 only a part is given with sample\.multiplier = 1"):
+    latents(Request(*size, first=str(still)))
 
 
 WRONG = {  # what is changed -> what is said

@@ -15,7 +15,7 @@ from anisora_jax.checkpoints import leaves, tensor_file, weights
 from anisora_jax.checkpoints.orbax import Checkpoints
 from anisora_jax.checkpoints.tensor_file import Made, Tensor
 from anisora_jax.errors import BadInput, pick
-from anisora_jax.experiment.parts import saved_config
+from anisora_jax.experiment.runs import saved_config
 from anisora_jax.models.names import Entry
 from anisora_jax.models.wan.names import NAMINGS, entries
 from anisora_jax.models.wan.sizes import SIZES, Size

@@ -24,7 +24,7 @@ from anisora_jax.checkpoints import tensor_file, weights
 from anisora_jax.checkpoints.tensor_file import PIECE, Spec, Stored, Tensor, nbytes
 from anisora_jax.errors import BadInput, pick
 from anisora_jax.experiment import adapters, origin
-from anisora_jax.experiment.parts import saved_config
+from anisora_jax.experiment.runs import saved_config
 from anisora_jax.experiment.weights import EXPERTS, FOLDERS, TRANSFORMER, Source, find, spoilt, write_ours
 from anisora_jax.experiment.weights import source as base_of
 from anisora_jax.models.wan import published

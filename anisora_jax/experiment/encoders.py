@@ -13,13 +13,14 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, PyTree
 from ml_collections import ConfigDict
 
-from anisora_jax.checkpoints import weights
 from anisora_jax.errors import BadInput, pick
+from anisora_jax.experiment import weights
 from anisora_jax.models import names
 from anisora_jax.models.codec import Codec
 from anisora_jax.models.pixels import Pixels
-from anisora_jax.models.wan import encoder_names, encoder_placement, tokenizer, vae_names
+from anisora_jax.models.wan import encoder_placement, tokenizer
 from anisora_jax.models.wan.image import IMAGE_SIZES, CLIPVision, ImageSize
+from anisora_jax.models.wan.published import KINDS, AnySize, Kind
 from anisora_jax.models.wan.sizes import Size
 from anisora_jax.models.wan.text import TEXT_SIZES, UMT5, TextEncoder
 from anisora_jax.models.wan.vae import WanVAE
@@ -67,9 +68,8 @@ def load_codec(config: ConfigDict, mesh: Mesh, parts: Sequence[str] = ("encoder"
   made = codec(config)
   if isinstance(made, Pixels):
     return made
-  params = _read(place(config, "codec.weights"), partial(vae_names.entries, made.size), tuple(vae_names.NAMINGS),
-                 partial(_abstract_codec, mesh, parts))
-  return made.replace(params=params)
+  source = weights.source(place(config, "codec.weights"), made.size, kind=KINDS["codec"])
+  return made.replace(params=weights.read(source, abstract_codec(config, mesh, parts).params))
 
 
 def abstract_codec(config: ConfigDict, mesh: Mesh, parts: Sequence[str]) -> Codec:
@@ -77,12 +77,9 @@ def abstract_codec(config: ConfigDict, mesh: Mesh, parts: Sequence[str]) -> Code
   made = codec(config)
   if isinstance(made, Pixels):
     return made
-  return made.replace(params=_abstract_codec(mesh, parts, names.shapes(vae_names.entries(made.size, "native"))))
-
-
-def _abstract_codec(mesh: Mesh, parts: Sequence[str], shapes: dict[str, tuple[int, ...]]) -> PyTree:
-  wanted = {path: shape for path, shape in shapes.items() if path.partition("/")[0] in parts}
-  return _abstract(mesh, [(r"", P())], jnp.float32, wanted)
+  shapes = {path: shape for path, shape in names.shapes(KINDS["codec"].entries(made.size, "native")).items()
+            if path.partition("/")[0] in parts}
+  return made.replace(params=_abstract(mesh, [(r"", P())], jnp.float32, shapes))
 
 
 def captions(config: ConfigDict, mesh: Mesh, size: Size) -> Captions:
@@ -96,8 +93,8 @@ def captions(config: ConfigDict, mesh: Mesh, size: Size) -> Captions:
                    f"{config.model.size!r} reads {size.text_width}: choose another of either.")
   words = tokenizer.read(str(place(config, "text.tokenizer")), size.text_tokens, encoder.vocabulary)
   dtype = pick(DTYPES, settings.dtype, "dtype")
-  params = _read(place(config, "text.weights"), partial(encoder_names.text_entries, encoder),
-                 tuple(encoder_names.NAMINGS), partial(_abstract, mesh, encoder_placement.TEXT_RULES, dtype))
+  params = _read(place(config, "text.weights"), KINDS["text"], encoder,
+                 partial(_abstract, mesh, encoder_placement.TEXT_RULES, dtype))
   return partial(TextEncoder(UMT5(encoder, mesh, dtype), words), params)
 
 
@@ -106,8 +103,8 @@ def pictures(config: ConfigDict, mesh: Mesh, size: Size) -> tuple[CLIPVision, Py
   if not size.image_width:
     return None
   encoder, dtype = _image_size(config, size), pick(DTYPES, config.image.dtype, "dtype")
-  params = _read(place(config, "image.weights"), partial(encoder_names.image_entries, encoder),
-                 tuple(encoder_names.NAMINGS), partial(_abstract, mesh, encoder_placement.IMAGE_RULES, dtype))
+  params = _read(place(config, "image.weights"), KINDS["image"], encoder,
+                 partial(_abstract, mesh, encoder_placement.IMAGE_RULES, dtype))
   return CLIPVision(encoder, mesh, dtype), params
 
 
@@ -136,18 +133,6 @@ def _abstract(mesh: Mesh, rules: placement.Rules, dtype, shapes: dict[str, tuple
                       placement.shardings(rules, tree, mesh))
 
 
-def _read(path: Path, table: Callable[[str], list[names.Entry]], namings: Sequence[str],
-          abstract: Callable[[dict], PyTree]) -> PyTree:
-  """Parameters out of a file in whichever naming fits best. Raises BadInput for what is missing or left over."""
-  if not path.exists():
-    raise BadInput(f"{path} does not exist: give the weight file, or its folder.")
-  stored = weights.find(path)
-  told = encoder_names.used(stored)
-  tensors = {name: stored[there] for there, name in told.items()}
-  tables = [table(naming) for naming in namings]
-  best = max(tables, key=lambda entries: sum(entry.name in tensors for entry in entries))
-  try:
-    names.check_torch({name: tensor.shape for name, tensor in tensors.items()}, best)
-  except BadInput as mistake:
-    raise BadInput(f"{path}: {mistake}") from None
-  return weights.to_mesh(tensors, best, abstract(names.shapes(best)))
+def _read(path: Path, kind: Kind, size: AnySize, abstract: Callable[[dict], PyTree]) -> PyTree:
+  source = weights.source(path, size, kind=kind)
+  return weights.read(source, abstract(names.shapes(source.entries("native"))))

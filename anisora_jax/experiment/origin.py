@@ -10,12 +10,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from anisora_jax.adapters import files, lora
-from anisora_jax.checkpoints import weights as stored
+from anisora_jax.adapters import lora
 from anisora_jax.errors import BadInput
+from anisora_jax.experiment import adapters as published
 from anisora_jax.experiment import weights
 from anisora_jax.experiment.parts import Parts, abstract_params
-from anisora_jax.models.wan.names import NAMINGS, entries
 from anisora_jax.models.wan.sizes import Size
 
 
@@ -31,11 +30,7 @@ class Adapter:
     """The adapters as ours, float32, on the host. Raises BadInput."""
     if not self.path.exists():
       raise BadInput(f"model.adapters names {self.path}, which does not exist: give a file of adapters.")
-    tensors = {name: tensor.view() for name, tensor in stored.find(self.path).items()}
-    try:
-      return files.read(tensors, {naming: entries(size, naming) for naming in NAMINGS})[0]
-    except BadInput as mistake:
-      raise BadInput(f"{self.path}: {mistake}") from None
+    return unflatten_dict(published.of_file(self.path, size)[1], sep="/")
 
 
 def adapters_of(config: ConfigDict) -> list[Adapter]:

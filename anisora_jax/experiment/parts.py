@@ -1,9 +1,7 @@
 """A config becomes parts: mesh, codec, network, method. Impossible combinations are refused before anything runs."""
 
-import json
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -61,14 +59,6 @@ class Parts:
     """(tokens, model FLOPs) of one training step: the backward pass counts twice the forward, nothing counts twice."""
     f, n = self.frame_tokens(bucket)
     return bucket.batch * f * n, 3 * bucket.batch * self.size.forward_flops(f, n, self.image_tokens)
-
-
-def saved_config(folder: Path) -> ConfigDict:
-  """The config of the run in a folder. Raises BadInput where there is none."""
-  path = folder / "config.json"
-  if not path.is_file():
-    raise BadInput(f"{folder} holds no run, it has no config.json: give the --workdir of a training run.")
-  return ConfigDict(json.loads(path.read_text()))
 
 
 def velocity(network: WanDiT, given: bool, params: PyTree, x, t, condition, text):

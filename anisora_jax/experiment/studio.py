@@ -18,7 +18,8 @@ from anisora_jax.checkpoints.orbax import Checkpoints
 from anisora_jax.diffusion.times import schedule
 from anisora_jax.errors import BadInput, pick
 from anisora_jax.experiment import encoders, origin, weights
-from anisora_jax.experiment.parts import Parts, abstract_params, abstract_trained, assemble, saved_config
+from anisora_jax.experiment.parts import Parts, abstract_params, abstract_trained, assemble
+from anisora_jax.experiment.runs import saved_config
 from anisora_jax.models.codec import Codec
 from anisora_jax.models.wan import image
 from anisora_jax.parallel import mesh as meshes
@@ -143,6 +144,8 @@ class Studio:
     if settings.multiplier == 1:
       given = given.told_by_mask_alone()
     frozen = np.asarray(given.frozen).all(0)
+    if not self.parts.size.given:
+      self._refuse_unseen(np.asarray(given.mask).any((0, 2, 3, 4)) & ~frozen)
     sigmas = np.asarray(schedule(settings.steps, settings.shift, settings.start, settings.end), np.float32)
     plan = plans.sync(sigmas, np.where(frozen, settings.multiplier, 1.0).astype(np.float32), settings.whole)
     if noise is None:
@@ -150,6 +153,16 @@ class Studio:
     x = sampler.begin(plan, noise, given.known)
     x = self._walk(plan, x, (given, text, negative))
     return jnp.where(given.held, given.known, x)
+
+  def _refuse_unseen(self, frames: Bool[np.ndarray, "f"]) -> None:
+    """Raises BadInput for latent frames of which something is given that the network could not see."""
+    if not frames.any():
+      return
+    stride, number = self.parts.codec.temporal, int(frames.argmax())
+    covered = f"frames {stride * (number - 1) + 1} .. {stride * number}" if number else "frame 0"
+    raise BadInput(f"model size {self.config.model.size!r} is told of given frames by their noise time alone, and of "
+                   f"{covered} only a part is given" + (" with sample.multiplier = 1" if not number else "") +
+                   ": give all of these frames whole, as a clip with --keep does, or take a model with a mask.")
 
   def _walk(self, plan: plans.Plan, x: jax.Array, shown: tuple) -> jax.Array:
     carry = x, SOLVERS[self.config.sample.solver].start(x)

@@ -18,7 +18,7 @@ from anisora_jax.checkpoints.orbax import Checkpoints
 from anisora_jax.checkpoints.tensor_file import Made, Tensor, cast
 from anisora_jax.errors import BadInput, pick
 from anisora_jax.experiment import adapters
-from anisora_jax.experiment.parts import saved_config
+from anisora_jax.experiment.runs import saved_config
 from anisora_jax.models import names
 from anisora_jax.models.wan import published
 from anisora_jax.models.wan.published import KINDS, AnySize, Kind
@@ -189,20 +189,22 @@ def spoilt(name: str) -> BadInput:
   return BadInput(f"{name} was not read back as it was written: disk or memory may be failing; nothing was kept.")
 
 
-def source(path: Path, size: Size, expert: str = "", ema: bool = False,
-           dtype: np.dtype | None = EXACT) -> Source:
+def source(path: Path, size: AnySize, expert: str = "", dtype: np.dtype | None = EXACT,
+           kind: Kind = TRANSFORMER) -> Source:
   """The weights of any format for a network of this size; nothing is read but names and shapes.
 
-  expert: which of two. dtype: as of `find`. Raises BadInput, also for weights of another size.
+  expert: which of two. dtype: as of `find`. Raises BadInput, also for weights of another kind or size.
   """
-  found = find(path, ema, dtype)
+  found = find(path, dtype=dtype, kinds=(kind,))
   if expert not in found:
     raise BadInput(f"{path} holds two experts: say which, {' or '.join(found)}." if not expert else
                    f"{path} holds no expert {expert}: give the folder of both.")
   made = found[expert]
-  if names.shapes(made.entries("native")) != names.shapes(made.kind.entries(size, "native")):
+  alike = names.shapes(made.entries("native")) == names.shapes(kind.entries(size, "native"))
+  if not alike or (kind is not TRANSFORMER and made.size != size):  # a codec's means are in no shape
     here, there = (published.title(made.kind, one) for one in (made.size, size))
-    raise BadInput(f"{path} holds {here} and the model is {there}: choose that size, or other weights.")
+    raise BadInput(f"{path} holds {here} and the {'model' if kind is TRANSFORMER else kind.noun} is {there}: choose "
+                   "that size, or other weights.")
   return made
 
 
