@@ -5,7 +5,7 @@ MLP split). Any may be 1. This is the only file that asks for devices.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -24,18 +24,22 @@ def simulate(count: int) -> None:
   jax.config.update("jax_num_cpu_devices", count)
 
 
-def build(sizes: Mapping[str, int] | None = None, count: int | None = None, alone: bool = False) -> Mesh:
+def build(sizes: Mapping[str, int] | None = None, count: int | None = None, alone: bool = False,
+          devices: Sequence[jax.Device] | None = None) -> Mesh:
   """A mesh with the axes `AXES`.
 
   sizes: devices along each axis, 1 where unnamed; one may be -1 and takes what is left. count: how many of the devices
   to use, all by default (1 where no sizes are given). alone: of this host's devices, a mesh that no other host shares.
-  Raises BadInput when the sizes do not multiply to the count.
+  devices: these and not those that are here, for programs that are compiled and not run (`targets`). Raises BadInput
+  when the sizes do not multiply to the count.
   """
   sizes = dict(sizes or {})
   for name in sizes:
     if name not in AXES:
       raise BadInput(f"no mesh axis is named {name!r}: {nearest(name, AXES)}")
-  devices = (jax.local_devices() if alone else jax.devices())[: count if sizes else count or 1]
+  if devices is None:
+    devices = jax.local_devices() if alone else jax.devices()
+  devices = devices[: count if sizes else count or 1]
   shape = [int(sizes.get(axis, 1)) for axis in AXES]
   if any(size < 1 and size != -1 for size in shape) or shape.count(-1) > 1:
     raise BadInput(f"mesh {_text(shape)} is impossible: sizes are positive and at most one is -1 (takes what is left).")
