@@ -22,7 +22,7 @@ from anisora_jax.models import splash
 from anisora_jax.models.splash import EMPTY
 from anisora_jax.parallel.ring import SAVED, Ids, Kernel, Keys, LogSum, Queries
 
-HIDDEN = 10 * EMPTY  # a logit that no softmax sees: exp(HIDDEN - EMPTY) is 0, also where nothing else is seen
+HIDDEN = -1e38  # a logit that no softmax sees: so low that it weighs 0, also where nothing else is seen
 F32 = {"preferred_element_type": jnp.float32}
 # Sides of a blockwise tile, at most. On a CPU its logits are 1 MiB, which the cache of one core holds; elsewhere 4 MiB,
 # since arrays go through slower memory and only large products keep the units for them busy.
@@ -84,10 +84,26 @@ def _loop(turn: Callable, carry, tiles):
 
 
 def _logits(rows: Float[Array, "x k"], columns: Float[Array, "y k"], row_ids, column_ids) -> Float[Array, "x y"]:
-  logits = jnp.einsum("xk,yk->xy", rows, columns, **F32) * rows.shape[-1] ** -0.5
+  """Before they are scaled, which costs nothing where they are exponentiated."""
+  logits = jnp.einsum("xk,yk->xy", rows, columns, **F32)
   if row_ids is None:
     return logits
   return jnp.where((row_ids[:, None] == column_ids[None]) & (column_ids >= 0)[None], logits, HIDDEN)
+
+
+def _fold(join: Callable, part: Callable, start, tiles):
+  """The parts of all tiles joined, one after another."""
+  if len(jax.tree.leaves(tiles)[0]) == 1:
+    return part(jax.tree.map(lambda x: x[0], tiles))
+  return lax.scan(lambda joined, tile: (join(joined, part(tile)), None), start, tiles)[0]
+
+
+def _join(one: tuple[Array, ...], other: tuple[Array, ...], scale: float) -> tuple[Array, ...]:
+  """Two parts (weighted sum of values, sum of weights, largest logit) of one softmax."""
+  (o1, total1, top1), (o2, total2, top2) = one, other
+  top = jnp.maximum(top1, top2)
+  fade1, fade2 = jnp.exp((top1 - top) * scale), jnp.exp((top2 - top) * scale)
+  return o1 * fade1[:, None] + o2 * fade2[:, None], total1 * fade1 + total2 * fade2, top
 
 
 @dataclass(frozen=True)
@@ -104,18 +120,18 @@ class Tiled:
       def row(_, tile):
         q, q_ids = tile
 
-        def column(carry, tile):
-          (o, total, top), (k, v, k_ids) = carry, tile
+        def part(tile):
+          k, v, k_ids = tile
           logits = _logits(q, k, q_ids, k_ids)
-          higher = jnp.maximum(top, logits.max(-1))
-          weights, fade = jnp.exp(logits - higher[:, None]), jnp.exp(top - higher)
-          o = o * fade[:, None] + jnp.einsum("ls,sk->lk", weights.astype(v.dtype), v, **F32)
-          return (o, total * fade + weights.sum(-1), higher), None
+          top = jnp.maximum(logits.max(-1), EMPTY)
+          weights = jnp.exp((logits - top[:, None]) * width ** -0.5)
+          return jnp.einsum("ls,sk->lk", weights.astype(v.dtype), v, **F32), weights.sum(-1), top
 
         none = jnp.zeros_like(q, jnp.float32)
-        (o, total, top), _ = _loop(column, (none, none[:, 0], jnp.full_like(none[:, 0], EMPTY)), keys)
-        total = jnp.where(total == 0, 1.0, total)
-        return None, (o / total[:, None], top + jnp.log(total))
+        start = none, none[:, 0], jnp.full_like(none[:, 0], EMPTY)
+        o, total, top = _fold(partial(_join, scale=width ** -0.5), part, start, keys)
+        some = jnp.where(total == 0, 1.0, total)
+        return None, (o / some[:, None], jnp.where(total == 0, EMPTY, top * width ** -0.5 + jnp.log(some)))
 
       _, (o, lse) = _loop(row, None, queries)
       return o.reshape(-1, width)[:l], lse.reshape(-1)[:l]
@@ -133,7 +149,7 @@ class Tiled:
         def row(carry, tile):
           (dk, dv), (q, lse, delta, do, q_ids) = carry, tile
           # [s, l]: XLA's products on a CPU are slow where they sum over the first side of a tile, here once, not twice.
-          weights = jnp.exp(_logits(k, q, k_ids, q_ids) - lse[None])
+          weights = jnp.exp(_logits(k, q, k_ids, q_ids) * width ** -0.5 - lse[None])
           dlogits = (weights * (jnp.einsum("sk,lk->sl", v, do, **F32) - delta[None])).astype(q.dtype)
           dk = dk + jnp.einsum("sl,lk->sk", dlogits, q, **F32)
           dv = dv + jnp.einsum("sl,lk->sk", weights.astype(do.dtype), do, **F32)
