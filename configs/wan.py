@@ -3,7 +3,7 @@
 Each of them takes a word after its name: --config configs/wan21_i2v_14b.py:lora tunes adapters beside the weights,
 :full, or no word, all of them. --config.pretrained=FOLDER names the download. Clips become latents once,
 
-  python -m anisora_jax.encode --config configs/NAME.py --config.pretrained=FOLDER \\
+  python -m anisora_jax.encode --config configs/wan21_i2v_14b.py --config.pretrained=FOLDER \\
     --config.data.records=out/records --out out/latents
 
 and training reads those. Kernel cudnn is for NVIDIA GPUs; take --config.model.kernel=splash on TPUs, or blockwise
