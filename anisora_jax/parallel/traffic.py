@@ -1,0 +1,123 @@
+"""What a compiled program sends between devices, read from its text: HLO of one device, loops multiplied out.
+
+A collective of g devices on b bytes (of its whole result; of its operand for a reduce-scatter) makes each device send,
+by the ring algorithms, all-gather, reduce-scatter and all-to-all b (g - 1) / g; all-reduce twice that;
+collective-permute b. From: Thakur et al. 2005, doi:10.1177/1094342005051521.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from typing import NamedTuple
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+BYTES = {"pred": 1, "bf16": 2} | {f"{kind}{8 * size}": size for kind in "suf" for size in (1, 2, 4, 8)}
+CALLS = r"(?:to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)"
+
+
+class Sent(NamedTuple):
+  """How often a step starts collectives of a kind, and the bytes that one device sends for them."""
+
+  count: int
+  bytes: float
+
+
+def _sizes(text: str) -> list[int]:
+  """Bytes of each array of a type."""
+  return [BYTES.get(kind, 0) * math.prod(int(dim) for dim in dims.split(",") if dim)
+          for kind, dims in re.findall(r"(\w+)\[([\d,]*)\]", text)]
+
+
+def _group(line: str) -> int:
+  """Devices that take part in one collective, in any of the ways in which XLA writes it."""
+  if found := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
+    return found[1].count(",") + 1
+  if found := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
+    return int(found[1])
+  if found := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", line):
+    sizes = dict(re.findall(r"'([^']+)'=(\d+)", found[1]))
+    axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", found[2])  # a part of an axis is written 'a':(1)2
+    return math.prod(int(part or sizes[axis]) for axis, part in axes)
+  raise ValueError(f"no groups of devices in {line[:300]}")
+
+
+def _sends(line: str) -> tuple[str, float] | None:
+  """(kind, bytes a device sends) of an instruction, or None where it is no collective."""
+  found = re.search(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(", line)
+  if not found:
+    return None
+  kind, sizes = found[2], _sizes(found[1])
+  if kind == "collective-permute":
+    return kind, float(max(sizes) if found[3] else sum(sizes))
+  g, size = _group(line), float(sum(sizes))
+  if found[3] and kind == "all-gather":  # its type lists what goes in, too
+    size *= g / (g + 1)
+  whole = size * g if kind == "reduce-scatter" else size
+  return kind, (2 if kind == "all-reduce" else 1) * whole * (g - 1) / g
+
+
+def _parts(text: str) -> tuple[dict[str, list[str]], str]:
+  """(lines of each computation, name of the one that is run)."""
+  parts, name, entry = {}, None, None
+  for line in text.splitlines():
+    if found := re.match(r"(ENTRY )?%?([\w.\-]+) .*\{\s*$", line):
+      name = found[2]
+      parts[name], entry = [], name if found[1] else entry
+    elif name:
+      parts[name].append(line)
+  return parts, entry
+
+
+def _turns(line: str, condition: list[str]) -> int:
+  """How often a loop turns: as XLA notes it, or the bound that its counter is compared with."""
+  if found := re.search(r'known_trip_count[^0-9]*(\d+)', line):
+    return int(found[1])
+  bounds = re.findall(r"s32\[\]\S* constant\((\d+)\)", "\n".join(condition))
+  return max(map(int, bounds), default=1)
+
+
+def _called(line: str, parts: Mapping[str, list[str]]) -> list[tuple[str, int]]:
+  """(computation, how often) that an instruction runs. Of branches all count."""
+  if found := re.search(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)", line):
+    return [(found[2], _turns(line, parts[found[1]]))]
+  if re.search(r"-(done|update)\(", line):  # told by what it started with
+    return []
+  names = re.findall(CALLS, line)
+  if found := re.search(r"branch_computations=\{([^}]*)\}", line):
+    names += [name.strip().lstrip("%") for name in found[1].split(",")]
+  return [(name, 1) for name in names]
+
+
+def sent(text: str) -> dict[str, Sent]:
+  """What a step sends, by kind of collective; text: of a compiled program.
+
+  A TPU writes a reduce-scatter as an all-reduce in a computation that bears its name and keeps a part of the result.
+  """
+  parts, entry = _parts(text)
+  known: dict[str, Counter] = {}
+
+  def total(name: str) -> Counter:
+    if name in known:
+      return known[name]
+    known[name] = found = Counter()
+    for line in parts.get(name, ()):
+      if one := _sends(line):
+        kind, size = one
+        if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
+          kind, size = "reduce-scatter", size / 2
+        found[kind, "count"] += 1
+        found[kind, "bytes"] += size
+      for inner, times in _called(line, parts):
+        for key, value in total(inner).items():
+          found[key] += times * value
+    return found
+
+  found = total(entry)
+  return {kind: Sent(found[kind, "count"], found[kind, "bytes"]) for kind in KINDS if found[kind, "count"]}
+
+
+def describe(sent: Mapping[str, Sent]) -> str:
+  """One line for people: "all-gather 24 x, 1.5 MiB; reduce-scatter 8 x, 0.5 MiB: 2.0 MiB a device and step"."""
+  parts = "; ".join(f"{kind} {one.count} x, {one.bytes / 2**20:,.1f} MiB" for kind, one in sent.items())
+  return f"{parts or 'nothing'}: {sum(one.bytes for one in sent.values()) / 2**20:,.1f} MiB a device and step"
