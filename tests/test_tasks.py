@@ -303,6 +303,21 @@ def test_nothing_hidden_reaches_the_channels(name, stride):
   np.testing.assert_array_equal(of(frames, mask), of(np.where(given, frames, others), mask))
 
 
+def test_an_image_encoder_sees_the_first_whole_frame_or_both_ends_and_nothing_hidden():
+  frames = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (3, 9, 4, 6, 3)), jnp.float32)
+  mask = np.zeros((3, 9, 2, 3), bool)
+  mask[0, [4, 8]] = True                 # the picture at 4, not that at 8
+  mask[1, 2:, :, 1:] = mask[1, 7] = True  # a region, and frame 7
+  mask[2, 0, :1] = True                  # a part of frame 0 alone
+  one, two = (np.asarray(conditions.pictures(frames, jnp.asarray(mask), count)) for count in (1, 2))
+  np.testing.assert_array_equal(one[:2, 0], np.stack([frames[0, 4], frames[1, 7]]))
+  half = np.asarray(frames[2, 0]).copy()
+  half[2:] = 0
+  np.testing.assert_array_equal(one[2, 0], half)
+  np.testing.assert_array_equal(two[0], np.stack([np.zeros((4, 6, 3)), frames[0, 8]]))
+
+
+
 # Codec and words
 
 
