@@ -4,13 +4,14 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3; do $$p -c '' 2>/dev/nu
 BIN := .venv/bin
 OUT ?= out/quickstart
 
-.PHONY: help quickstart test lint bench clean
+.PHONY: help quickstart test lint bench aot clean
 
 help:
 	@echo "make quickstart   draw cartoons, train a tiny model on 8 simulated devices, sample it; films in $(OUT)"
 	@echo "make test         all tests, on 8 simulated CPU devices"
 	@echo "make lint         ruff, and a syntax check of the shell scripts"
 	@echo "make bench        speed against diffusers, bare decoding and no checkpoints"
+	@echo "make aot          what a 14B training step takes of 8 H200 or of TPUs, compiled without any of them; slow"
 	@echo "make clean        remove what quickstart made"
 
 .venv/base: pyproject.toml
@@ -41,6 +42,15 @@ bench: .venv/test
 	$(BIN)/python bench/checkpoint.py
 	$(BIN)/python bench/vae.py
 	$(BIN)/python bench/convert.py
+
+.venv/aot/ready: .venv/base
+	@echo "+ pip install, beside the environment: XLA's compilers for TPUs and for CUDA, 1.2 GB unpacked"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --no-deps --target .venv/aot \
+	  $$($(BIN)/python -m bench.aot --wheels)
+	@touch $@
+
+aot: .venv/aot/ready
+	$(BIN)/python -m bench.aot
 
 clean:
 	rm -rf $(OUT)

@@ -12,16 +12,22 @@ from pathlib import Path
 from absl import flags
 
 from anisora_jax import entry
+from anisora_jax.errors import BadInput
 from anisora_jax.experiment import train
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, measures.jsonl, TensorBoard files.")
-DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print mesh, parameters, memory and FLOPs of a step, and stop.")
+DRY_RUN = flags.DEFINE_bool(
+  "dry_run", False, "Print mesh, parameters, memory, FLOPs and collectives of a step, and stop.")
+TARGET = flags.DEFINE_string(
+  "target", "", "Of a dry run: devices that are not here, as h200:8, v5p:2x2x4 or v6e:4x4, to compile for.")
 
 
 def main() -> None:
   """Reads the flags and calls the assembly."""
+  if TARGET.value and not DRY_RUN.value:
+    raise BadInput(f"--target {TARGET.value} names devices that are not here: add --dry_run, or leave it out.")
   if DRY_RUN.value:
-    train.dry_run(entry.config())
+    train.dry_run(entry.config(), target=TARGET.value)
   else:
     train.train(entry.config(), Path(entry.needed("workdir", "out/run")))
 

@@ -1,5 +1,6 @@
 """A config becomes parts: mesh, codec, network, method. Impossible combinations are refused before anything runs."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -69,9 +70,9 @@ def velocity(network: WanDiT, given: bool, params: PyTree, x, t, condition, text
   return network.apply({"params": params}, x, t, text, condition.channels() if given else None, condition.image)
 
 
-def assemble(config: ConfigDict, count: int | None = None) -> Parts:
-  """Makes the parts. count: devices to use, all by default. Raises BadInput for whatever cannot work."""
-  mesh = meshes.build(config.mesh.to_dict(), count)
+def assemble(config: ConfigDict, count: int | None = None, devices: Sequence[jax.Device] | None = None) -> Parts:
+  """Makes the parts. count: devices to use, all by default; devices: which. Raises BadInput for what cannot work."""
+  mesh = meshes.build(config.mesh.to_dict(), count, devices=devices)
   size = pick(SIZES, config.model.size, "model size")
   made = encoders.codec(config)
   told = made.temporal + made.channels
@@ -169,12 +170,14 @@ def init(parts: Parts, x) -> PyTree:
   return network.init(keys.key(parts.method.seed, 0, "init"), x, jnp.zeros((b, f)), text, given, image)["params"]
 
 
-def loader(parts: Parts, config: ConfigDict, split: str, buckets: tuple[Bucket, ...] | None = None) -> mixture.Batches:
-  """The pipeline of a split, this host's share of it."""
+def loader(parts: Parts, config: ConfigDict, split: str, buckets: tuple[Bucket, ...] | None = None,
+           whole: bool = False) -> mixture.Batches:
+  """The pipeline of a split, this host's share of it, or the whole of it on every host."""
   if not config.data.records:
     raise BadInput("no records to read: give --config.data.records=FOLDER, made by data/pack.py from films.")
   made = mixture.Batches(config.data.records, buckets or parts.buckets, split=split, fps=config.data.fps,
-                         seed=config.seed, shard=meshes.hosts(parts.mesh), threads=config.data.threads)
+                         seed=config.seed, shard=(0, 1) if whole else meshes.hosts(parts.mesh),
+                         threads=config.data.threads)
   if made.encoded != parts.encoded:
     raise BadInput(f"{config.data.records} holds {'latents' if made.encoded else 'clips'} and data.encoded is "
                    f"{parts.encoded}: " + ("set --config.data.encoded=True." if made.encoded else

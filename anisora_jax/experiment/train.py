@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,8 @@ from anisora_jax.experiment.parts import (
 )
 from anisora_jax.loaders.buckets import Bucket
 from anisora_jax.parallel import mesh as meshes
-from anisora_jax.parallel import placement
+from anisora_jax.parallel import placement, targets, traffic
+from anisora_jax.parallel.traffic import Sent
 from anisora_jax.training import loop, optimizer, report, state, step
 from anisora_jax.training.stop import Stop
 
@@ -178,19 +180,47 @@ def _bucket_of(parts: Parts, batch: dict) -> Bucket:
   return next(bucket for bucket in parts.buckets if (bucket.frames, bucket.height, bucket.width) == shape)
 
 
-def dry_run(config: ConfigDict, say: Callable[[str], None] = print) -> None:
-  """Says what a run would take, from the compiled step, and starts nothing."""
-  parts = assemble(config)
+class Account(NamedTuple):
+  """What a step of a bucket takes of each device, in bytes.
+
+  kept: state and batch; worked: beside them, at most; sent: collectives; None if the compiler found it too large.
+  """
+
+  kept: int
+  worked: int
+  sent: dict[str, Sent] | None
+
+
+def account(parts: Parts, config: ConfigDict, bucket: Bucket) -> Account:
+  """Compiles the training step of a bucket for the devices of the parts' mesh, which need not be here."""
   chain, _ = optimizer.build(parts.optimizer, abstract_trained(parts))
   abstract, _ = training_state(parts, chain)
   run = compiled_step(parts, chain, config, abstract)
-  frozen = abstract_frozen(parts, config)
-  say(f"mesh        {meshes.describe(parts.mesh)}")
+  given = abstract, abstract_batch(parts, bucket), abstract_frozen(parts, config)
+  lowered = run.lower(*given)
+  try:
+    program = lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    kept = sum(targets.held(leaf) for leaf in jax.tree.leaves(given))
+    return Account(kept, targets.wanted(error, kept), None)
+  return Account(*targets.memory(program, parts.mesh), traffic.sent(program.as_text()))
+
+
+def dry_run(config: ConfigDict, say: Callable[[str], None] = print, target: str = "") -> None:
+  """Says what a run would take, from the compiled step, and starts nothing.
+
+  target: as "h200:8" or "v5p:2x2x4", devices to compile for that are not here; by default those that are.
+  """
+  parts = assemble(config, devices=targets.devices(target) if target else None)
+  say(f"mesh        {meshes.describe(parts.mesh)}" + (f", {target}" if target else ""))
   say(f"network     {parameters(parts)}")
   for bucket in parts.buckets:
     (f, n), (tokens, flops) = parts.frame_tokens(bucket), parts.work(bucket)
-    memory = run.lower(abstract, abstract_batch(parts, bucket), frozen).compile().memory_analysis()
-    kept, worked = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    kept, worked, sent = account(parts, config, bucket)
     say(f"bucket      {bucket}: {f} frames x {n} tokens x {bucket.batch} clips = {tokens:,} tokens a step, "
         f"{flops:.3g} model FLOPs a step, {flops / parts.mesh.size:.3g} a device; memory of a device "
         f"{(kept + worked) / 2**20:.1f} MiB: {kept / 2**20:.1f} state and batch, {worked / 2**20:.1f} at work")
+    if target:
+      say(f"fits        {targets.verdict(target, kept + worked)}")
+    if sent is not None:
+      say(f"sends       {traffic.describe(sent)}")

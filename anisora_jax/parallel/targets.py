@@ -100,7 +100,8 @@ def wheels(kind: str) -> list[str]:
 def missing(kind: str) -> str:
   """The command that installs what compiles for a kind, or "" where it is installed; then it can be loaded."""
   if kind in CARDS:
-    sys.path += [str(FOLDER)] * (str(FOLDER) not in sys.path)
+    if str(FOLDER) not in sys.path:
+      sys.path.append(str(FOLDER))
     importlib.invalidate_caches()
     there = _found("jax_cuda12_plugin") and _found("jax_plugins.xla_cuda12")
   else:

@@ -51,10 +51,11 @@ def _sends(line: str) -> tuple[str, float] | None:
   if kind == "collective-permute":
     return kind, float(max(sizes) if found[3] else sum(sizes))
   g, size = _group(line), float(sum(sizes))
-  if found[3] and kind == "all-gather":  # its type lists what goes in, too
-    size *= g / (g + 1)
-  whole = size * g if kind == "reduce-scatter" else size
-  return kind, (2 if kind == "all-reduce" else 1) * whole * (g - 1) / g
+  if kind == "reduce-scatter":
+    size *= g  # the type is that of what is left
+  if found[3] and kind != "all-reduce":  # the type of a start lists what goes in, and then what comes out
+    size *= {"all-gather": g / (g + 1), "reduce-scatter": 1 / (g + 1), "all-to-all": 1 / 2}[kind]
+  return kind, (2 if kind == "all-reduce" else 1) * size * (g - 1) / g
 
 
 def _parts(text: str) -> tuple[dict[str, list[str]], str]:

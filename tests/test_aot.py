@@ -1,0 +1,177 @@
+"""Programs compiled for devices that are not here; what they send and compute, against formulas."""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+from jax.sharding import PartitionSpec as P
+from quick import QUICK
+
+from anisora_jax.errors import BadInput
+from anisora_jax.experiment import parts, train
+from anisora_jax.parallel import mesh, targets, traffic
+from anisora_jax.training import optimizer
+from configs import wan21_i2v_14b
+
+ROOT = Path(__file__).resolve().parents[1]
+BYTES = 4 * 16 * 24  # of a device's share below, f32
+
+
+def compiled(body, axes: dict[str, int]) -> str:
+  """HLO of a program in which every device has f32[16, 24]."""
+  split = P(tuple(axes), None)
+  run = jax.shard_map(body, mesh=mesh.build(axes), in_specs=split, out_specs=split, check_vma=False)
+  return jax.jit(run).lower(jnp.zeros((16 * math.prod(axes.values()), 24))).compile(QUICK).as_text()
+
+
+def gather(x):
+  return lax.all_gather(x, "fsdp", tiled=True)[:16] * 2
+
+
+def exchange(x):
+  return lax.all_to_all(x.reshape(2, 8, 24), "seq", 0, 0).reshape(16, 24)
+
+
+def hop(x, _):
+  return lax.ppermute(jnp.sin(x), "seq", [(0, 1), (1, 0)]), None
+
+
+@pytest.mark.parametrize(("body", "kind", "count", "size"), [
+  (gather, "all-gather", 1, 3 * BYTES),                                        # 4 x BYTES whole, of which 3/4
+  (lambda x: lax.psum(x, "fsdp"), "all-reduce", 1, 2 * 3 / 4 * BYTES),
+  (exchange, "all-to-all", 1, 1 / 2 * BYTES),
+  (lambda x: lax.scan(hop, x, length=5)[0], "collective-permute", 5, 5 * BYTES),
+], ids=["gather", "reduce", "exchange", "five hops in a loop"])
+def test_what_a_program_sends_is_what_the_formulas_say(body, kind, count, size):
+  assert traffic.sent(compiled(body, {"fsdp": 4, "seq": 2})) == {kind: traffic.Sent(count, size)}
+
+
+WRITTEN = """
+%all-reduce-scatter.3 (x: f32[]) -> f32[] {
+  %all-reduce.1 = f32[96,128]{0,1:T(8,128)} all-reduce(%pad), replica_groups={{0,2,4,6},{1,3,5,7}}, to_apply=%add
+}
+
+%branch.1 (x: f32[]) -> f32[] {
+  %p = (bf16[8,4]{1,0}, bf16[8,4]{1,0:T(8)}, u32[]{:S(2)}, u32[]) collective-permute-start(%x), channel_id=1
+}
+
+%branch.2 (x: f32[]) -> f32[] {
+  %g = (f32[2,3]{1,0}, f32[8,3]{1,0}) all-gather-start(%x), replica_groups=mesh['a'=2,'b'=8] {'b':(1)4}, dimensions={0}
+  %d = f32[8,3]{1,0} all-gather-done(%g), calls=%branch.1
+}
+
+ENTRY %main (x: f32[]) -> f32[] {
+  %s = f32[96,32] fusion(%x), kind=kCustom, calls=%all-reduce-scatter.3
+  %c = f32[] conditional(%x), branch_computations={%branch.1, %branch.2}
+  %r = bf16[10]{0} reduce-scatter(%x), replica_groups=[2,4]<=[8], dimensions={0}, to_apply=%add
+  %q = ((f32[40]{0}, f32[8]{0}), (f32[10]{0}, f32[2]{0})) reduce-scatter-start(%x, %y), replica_groups=[2,4]<=[8]
+  %e = (f32[10]{0}, f32[2]{0}) reduce-scatter-done(%q)
+}
+"""
+
+
+def test_it_reads_the_ways_in_which_tpu_and_gpu_programs_write_collectives():
+  assert traffic.sent(WRITTEN) == {
+    "all-gather": traffic.Sent(1, 3 / 4 * 4 * 8 * 3),
+    "reduce-scatter": traffic.Sent(3, 3 / 4 * 4 * 96 * 128 + 3 * 2 * 10 + 3 / 4 * 4 * 48),
+    "collective-permute": traffic.Sent(1, 2 * 8 * 4)}
+
+
+def products(jaxpr, turns: int = 1) -> int:
+  """Multiply-adds x 2 of all matrix products of a traced program, loops multiplied out; on one device."""
+  total = 0
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == "dot_general":
+      ((summed, _), _), left = equation.params["dimension_numbers"], equation.invars[0].aval.shape
+      total += 2 * turns * equation.outvars[0].aval.size * math.prod(left[dim] for dim in summed)
+    times = turns * equation.params["length"] if equation.primitive.name == "scan" else turns
+    for value in jax.tree.leaves(dict(equation.params), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+      inner = getattr(value, "jaxpr", value)
+      if hasattr(inner, "eqns"):
+        total += products(inner, times)
+  return total
+
+
+@pytest.mark.parametrize("word", ["full", "lora"])
+def test_model_flops_are_those_of_the_traced_step_when_nothing_is_computed_twice(word):
+  config = wan21_i2v_14b.get_config(word)
+  config.update({"data": {"buckets": "81x720x1280@1"}, "model": {"kernel": "dense", "remat": "none", "weights": "x"}})
+  made = parts.assemble(config, count=1)
+  chain, _ = optimizer.build(made.optimizer, parts.abstract_trained(made))
+  state, _ = train.training_state(made, chain)
+  step = train.compiled_step(made, chain, config, state)
+  traced = step.trace(state, train.abstract_batch(made, made.buckets[0]), train.abstract_frozen(made, config))
+  counted, told = products(traced.jaxpr), made.work(made.buckets[0])[1]
+  # Dense attention's backward pass makes the logits again, a fifth of its products; adapters add a little.
+  f, n = made.frame_tokens(made.buckets[0])
+  again = 2 * made.size.layers * made.size.width * f * n * (f * n + made.size.text_tokens + made.image_tokens)
+  assert counted - again == pytest.approx(told, rel=0.01)
+
+
+def test_a_mesh_is_built_of_the_devices_it_is_given():
+  given = jax.devices()[4:6]
+  assert set(mesh.build({"fsdp": -1}, devices=given).devices.flat) == set(given)
+
+
+@pytest.mark.parametrize(("target", "said"), [
+  ("h20:8", "did you mean 'h200'"), ("h200:2x2", "for example h200:2"), ("h200", "for example h200:2"),
+  ("v5p:4x4", "for example v5p:4x4x2"), ("v6e:3x2", "a multiple of 2 x a multiple of 2"),
+])
+def test_a_target_that_does_not_exist_is_refused(target, said):
+  with pytest.raises(BadInput, match=said):
+    targets.devices(target)
+
+
+@pytest.mark.parametrize(("target", "wheel"), [("v6e:2x2", "'libtpu=="), ("h200:1", "'jax-cuda12-pjrt==")])
+def test_without_its_wheels_a_target_says_what_to_install(target, wheel, monkeypatch, tmp_path):
+  monkeypatch.setattr(targets, "FOLDER", tmp_path)
+  monkeypatch.setattr(targets, "_found", lambda module: False)
+  monkeypatch.setattr(sys, "path", sys.path.copy())
+  monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
+  with pytest.raises(BadInput, match=f"pip install --no-deps --target {tmp_path} .*{wheel}"):
+    targets.devices(target)
+
+
+@pytest.mark.parametrize(("needed", "said"), [
+  (100, "yes: 100.0 of 105.3"), (110, "FRACTION=0.95: 110"), (140, "no: 140")])
+def test_a_card_holds_the_share_of_its_memory_that_jax_takes(needed, said, monkeypatch):
+  monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+  assert said in targets.verdict("h200:8", needed * 2**30)
+
+
+def cli(*words: str) -> subprocess.CompletedProcess:
+  return subprocess.run([sys.executable, "-m", "anisora_jax.train", "--config=configs/tiny.py", *words], cwd=ROOT,
+                        capture_output=True, text=True)
+
+
+def test_a_target_is_for_dry_runs_only():
+  done = cli("--target=h200:8")
+  assert done.returncode == 2 and done.stderr.count("\n") == 1 and "add --dry_run" in done.stderr
+
+
+@pytest.mark.parametrize(("target", "kernel", "seq", "sends"), [
+  ("v5p:2x2x2", "splash", 2, {"all-gather", "reduce-scatter", "collective-permute"}),
+  ("h200:8", "cudnn", 1, {"all-gather", "reduce-scatter"})])
+def test_a_small_network_is_compiled_for_devices_that_are_not_here(target, kernel, seq, sends):
+  if command := targets.missing(target.partition(":")[0]):
+    pytest.skip(f"what compiles for {target} is not installed: {command}")
+  done = cli("--dry_run", f"--target={target}", "--config.data.buckets=5x32x32@8", f"--config.mesh.seq={seq}",
+             f"--config.model.kernel={kernel}", "--config.model.dtype=bfloat16")
+  account = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
+  assert f"seq {seq} " in account["mesh"] and target in account["mesh"] and "620,560" in account["network"]
+  assert "MiB: " in account["bucket"] and account["fits"].startswith("yes: ")
+  assert all(kind in account["sends"] for kind in sends)
+
+
+@pytest.mark.parametrize(("text", "beside"), [
+  ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (3.00G) exceeds", 3),
+  ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 4.00G of 2.00G hbm.", 3)])
+def test_a_compilers_refusal_tells_how_much_memory_was_wanted(text, beside):
+  assert targets.wanted(jax.errors.JaxRuntimeError(text), 2**30) == beside * 2**30
+  with pytest.raises(jax.errors.JaxRuntimeError, match="else"):
+    targets.wanted(jax.errors.JaxRuntimeError("INTERNAL: something else"), 2**30)
