@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import jax
@@ -116,6 +117,14 @@ def test_model_flops_are_those_of_the_traced_step_when_nothing_is_computed_twice
 def test_a_mesh_is_built_of_the_devices_it_is_given():
   given = jax.devices()[4:6]
   assert set(mesh.build({"fsdp": -1}, devices=given).devices.flat) == set(given)
+
+
+def test_mesh_axes_may_split_the_sides_of_a_torus_and_keep_neighbours_together():
+  if command := targets.missing("v6e"):
+    pytest.skip(f"what compiles for v6e is not installed: {command}")
+  ring = mesh.build({"fsdp": 64, "seq": 4}, devices=targets.devices("v6e:16x16")).devices[0, 5, :, 0]
+  assert all(sum(abs(a - b) for a, b in zip(one.coords, other.coords, strict=True)) == 1
+             for one, other in pairwise(ring))
 
 
 @pytest.mark.parametrize(("target", "said"), [

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -48,7 +49,12 @@ def build(sizes: Mapping[str, int] | None = None, count: int | None = None, alon
   if math.prod(shape) != len(devices):
     raise BadInput(f"mesh {_text(shape)} needs {math.prod(shape)} devices and there are {len(devices)}: "
                    f"choose sizes whose product is {len(devices)}, or set one to -1.")
-  return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+  types = (AxisType.Auto,) * len(AXES)
+  try:
+    return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+  except NotImplementedError:  # a torus of TPUs, no side or product of sides of which is as long as an axis
+    split = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(split, AXES, axis_types=types)
 
 
 def _text(shape: list[int]) -> str:
