@@ -161,6 +161,32 @@ def test_given_frames_are_clean_at_time_zero():
   assert (np.asarray(it.t)[frozen] == 0).all() and (np.asarray(it.t)[~frozen] > 0).all()
 
 
+@pytest.mark.parametrize("share", [0.2, 1.0])
+def test_given_frames_may_keep_a_share_of_their_noise_and_then_count_like_the_others(share):
+  clean, it = (draw(few(given=given))(batch_of(), np.arange(BATCH)) for given in (0.0, share))
+  frozen = np.asarray(clean.given.frozen)
+  assert frozen.any() and not np.asarray(it.given.frozen).any() and not np.asarray(it.given.held).any()
+  np.testing.assert_array_equal(np.asarray(it.t)[~frozen], np.asarray(clean.t)[~frozen])
+  together = np.asarray(it.t / it.share)  # the time that a frame would have were it not given
+  np.testing.assert_allclose(np.asarray(it.t)[frozen], share * together[frozen], rtol=1e-6)
+  assert (np.asarray(it.t)[frozen] > 0).all()
+  np.testing.assert_array_equal(it.given.mask, clean.given.mask)  # it is still told what is given
+  params = parameters()
+  slopes, _ = jit(lambda params, batch: step.gradients(few(given=share), params, batch, jnp.int32(NOW)))(
+    params, batch_of())
+  assert slopes["frozen"] == 0  # the toy says it of frozen frames alone, and there are none
+  found, counted = step.errors(few(given=share), params, it)
+  assert np.asarray(counted).all() and (np.asarray(found) > 0).all()
+
+
+def test_a_dropped_caption_is_the_blank_one():
+  blank = jnp.arange(12.0).reshape(3, 4)
+  it = draw(few(drop_text=0.5, blank=blank))(batch_of(), np.arange(BATCH))
+  dropped = (np.asarray(it.text) == np.asarray(blank)).all((1, 2))
+  assert 0 < dropped.sum() < BATCH
+  np.testing.assert_array_equal(np.asarray(it.text)[~dropped], batch_of()["text"][~dropped])
+
+
 def test_frames_span_minus_one_to_one():
   found = step.unit(jnp.array([0, 51, 255], jnp.uint8).reshape(1, 1, 1, 3, 1).repeat(3, -1))
   np.testing.assert_allclose(found[0, 0, 0, :, 0], [-1, -0.6, 1], atol=1e-7)
