@@ -83,6 +83,26 @@ def test_it_reads_the_ways_in_which_tpu_and_gpu_programs_write_collectives():
     "collective-permute": traffic.Sent(1, 2 * 8 * 4)}
 
 
+SCHEDULE = """
+%fused.1 (x: f32[]) -> f32[] {
+  %o = f32[8,4] custom-call(%x), custom_call_target="tpu_custom_call"
+}
+
+ENTRY %main (x: f32[]) -> f32[] {
+  %start.1 = (f32[8,4], f32[8,4], u32[], u32[]) collective-permute-start(%x), channel_id=1
+  %start.2 = (f32[8,4], f32[8,4], u32[], u32[]) collective-permute-start(%x), channel_id=2
+  %done.2 = f32[8,4] collective-permute-done(%start.2)
+  %f = f32[8,4] fusion(%x), kind=kCustom, calls=%fused.1
+  %done.1 = f32[8,4] collective-permute-done(%start.1)
+}
+"""
+
+
+def test_a_transfer_hides_only_behind_a_kernel_that_stands_between_its_start_and_its_end():
+  assert traffic.hidden(SCHEDULE) == (1, 2)
+  assert traffic.hidden(SCHEDULE.replace("tpu_custom_call", "another")) == (0, 2)
+
+
 def products(jaxpr, turns: int = 1) -> int:
   """Multiply-adds x 2 of all matrix products of a traced program, loops multiplied out; on one device."""
   total = 0

@@ -183,12 +183,14 @@ def _bucket_of(parts: Parts, batch: dict) -> Bucket:
 class Account(NamedTuple):
   """What a step of a bucket takes of each device, in bytes.
 
-  kept: state and batch; worked: beside them, at most; sent: collectives; None if the compiler found it too large.
+  kept: state and batch; worked: beside them, at most; sent: collectives; None if the compiler found it too large;
+  hidden: of `traffic`.
   """
 
   kept: int
   worked: int
   sent: dict[str, Sent] | None
+  hidden: tuple[int, int] = (0, 0)
 
 
 def account(parts: Parts, config: ConfigDict, bucket: Bucket) -> Account:
@@ -203,7 +205,8 @@ def account(parts: Parts, config: ConfigDict, bucket: Bucket) -> Account:
   except jax.errors.JaxRuntimeError as error:
     kept = sum(targets.held(leaf) for leaf in jax.tree.leaves(given))
     return Account(kept, targets.wanted(error, kept), None)
-  return Account(*targets.memory(program, parts.mesh), traffic.sent(program.as_text()))
+  text = program.as_text()
+  return Account(*targets.memory(program, parts.mesh), traffic.sent(text), traffic.hidden(text))
 
 
 def dry_run(config: ConfigDict, say: Callable[[str], None] = print, target: str = "") -> None:
@@ -216,11 +219,11 @@ def dry_run(config: ConfigDict, say: Callable[[str], None] = print, target: str 
   say(f"network     {parameters(parts)}")
   for bucket in parts.buckets:
     (f, n), (tokens, flops) = parts.frame_tokens(bucket), parts.work(bucket)
-    kept, worked, sent = account(parts, config, bucket)
+    kept, worked, sent, hidden = account(parts, config, bucket)
     say(f"bucket      {bucket}: {f} frames x {n} tokens x {bucket.batch} clips = {tokens:,} tokens a step, "
         f"{flops:.3g} model FLOPs a step, {flops / parts.mesh.size:.3g} a device; memory of a device "
         f"{(kept + worked) / 2**20:.1f} MiB: {kept / 2**20:.1f} state and batch, {worked / 2**20:.1f} at work")
     if target:
       say(f"fits        {targets.verdict(target, kept + worked)}")
     if sent is not None:
-      say(f"sends       {traffic.describe(sent)}")
+      say(f"sends       {traffic.describe(sent, hidden)}")

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 BYTES = {"pred": 1, "bf16": 2} | {f"{kind}{8 * size}": size for kind in "suf" for size in (1, 2, 4, 8)}
+WORK = r"tpu_custom_call|__cudnn|__cublas| (?:dot|convolution)\("
 CALLS = r"(?:to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)"
 
 
@@ -118,7 +119,27 @@ def sent(text: str) -> dict[str, Sent]:
   return {kind: Sent(found[kind, "count"], found[kind, "bytes"]) for kind in KINDS if found[kind, "count"]}
 
 
-def describe(sent: Mapping[str, Sent]) -> str:
+def hidden(text: str) -> tuple[int, int]:
+  """(transfers to a neighbour that hide behind work, all transfers) in the schedule of a compiled program.
+
+  Work is a kernel or a matrix product that stands between a transfer's start and its end; loops count once.
+  """
+  parts, _ = _parts(text)
+
+  def works(line: str) -> bool:
+    return bool(re.search(WORK, line)) or any(any(map(works, parts.get(name, ()))) for name, _ in _called(line, parts))
+
+  found = []
+  for lines in parts.values():
+    for at, line in enumerate(lines):
+      if start := re.search(r"%(\S+) = .* collective-permute-start\(", line):
+        end = next(k for k in range(at, len(lines)) if f"collective-permute-done(%{start[1]})" in lines[k])
+        found.append(any(map(works, lines[at + 1:end])))
+  return sum(found), len(found)
+
+
+def describe(sent: Mapping[str, Sent], hidden: tuple[int, int] = (0, 0)) -> str:
   """One line for people: "all-gather 24 x, 1.5 MiB; reduce-scatter 8 x, 0.5 MiB: 2.0 MiB a device and step"."""
   parts = "; ".join(f"{kind} {one.count} x, {one.bytes / 2**20:,.1f} MiB" for kind, one in sent.items())
-  return f"{parts or 'nothing'}: {sum(one.bytes for one in sent.values()) / 2**20:,.1f} MiB a device and step"
+  line = f"{parts or 'nothing'}: {sum(one.bytes for one in sent.values()) / 2**20:,.1f} MiB a device and step"
+  return line + (f"; {hidden[0]} of {hidden[1]} permutes hide behind a kernel" if hidden[1] else "")
