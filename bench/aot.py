@@ -5,7 +5,7 @@
   python -m bench.aot --wheels             what pip has to install for it
 
 FLOPs are the model's: the backward pass counts twice the forward, nothing counts twice. What is sent is counted in the
-compiled program. "no" in the column "fits" is a result too: the row below it does better.
+compiled program. A card's memory is without what NCCL and cuDNN take for themselves when they run.
 """
 
 import importlib
