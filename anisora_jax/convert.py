@@ -51,4 +51,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  entry.run(main, sys.argv[0], __doc__)
+  entry.run(main, sys.argv[0], __doc__, many=False)

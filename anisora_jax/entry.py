@@ -1,7 +1,10 @@
-"""What the entry points share: flags, --config, --help, simulated devices, one-line errors and exit codes."""
+"""What the entry points share: flags, --config, --help, simulated devices, processes on many machines, one-line errors
+and exit codes."""
 
+import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,11 +14,21 @@ from ml_collections import config_flags
 from anisora_jax import errors
 from anisora_jax.errors import BadInput, nearest
 from anisora_jax.parallel import mesh as meshes
+from anisora_jax.parallel import processes
 
 CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Config file, for example configs/tiny.py; every field of it is a flag, --config.FIELD=VALUE.")
 CPU_DEVICES = flags.DEFINE_integer(
   "cpu_devices", 0, "Simulate so many devices on the CPU, to try a mesh.", lower_bound=0)
+DISTRIBUTED = flags.DEFINE_enum(
+  "distributed", "auto", ["auto", "off"], "auto: be one of the processes that SLURM's srun, Open MPI, a TPU slice or a "
+  "Kubernetes job started with this one; off: run alone.")
+MEETING = (  # each may stand in the environment instead
+  flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where nothing else tells the processes of each "
+                      "other; with the next two. Or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID."),
+  flags.DEFINE_integer("processes", None, "How many processes there are.", lower_bound=1),
+  flags.DEFINE_integer("process", None, "Which of them this is, 0 .. processes - 1.", lower_bound=0))
+NAMES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
 def config() -> Any:
@@ -75,19 +88,66 @@ def _known() -> list[str]:
   return [*flags.FLAGS, *fields]
 
 
-def run(main: Callable[[], None], module: str, doc: str) -> None:
-  """Parses the command line and runs `main`; exits with 0, or with 2 after one line about wrong input."""
+def _meeting() -> processes.Meeting | None:
+  """Where the flags, or else the environment, say that the processes meet. Raises BadInput."""
+  given = [flag.value for flag in MEETING]
+  if given == [None] * 3:
+    given = [os.environ.get(name) for name in NAMES]
+    if None in given:  # of a part, JAX may know the rest
+      return None
+  if None in given:
+    missing = " and ".join(f"--{flag.name}" for flag in MEETING if flag.value is None)
+    raise BadInput(f"no {missing} was given: --coordinator, --processes and --process belong together.")
+  if not all(str(number).isdecimal() for number in given[1:]):
+    raise BadInput(f"{NAMES[1]}={given[1]} and {NAMES[2]}={given[2]} must be whole numbers.")
+  return processes.Meeting(given[0], int(given[1]), int(given[2]))
+
+
+def _join(many: bool) -> None:
+  """Makes this process one of those that were started together, if it may be one. Raises BadInput."""
+  if many and DISTRIBUTED.value == "auto":
+    processes.join(_meeting())
+    return
+  named = [f"--{flag.name}" for flag in MEETING if flag.value is not None]
+  if named:
+    raise BadInput(f"{' and '.join(named)} was given to what runs alone: leave it out" +
+                   (", or --distributed=off." if many else "."))
+
+
+def _failed(error: Exception) -> None:
+  """Tells of an error that is none of the user's: a defect with its traceback, another process's end in one line."""
+  if re.search(r"closed by peer|gloo|coordination service", str(error), re.IGNORECASE):
+    print(f"error: {processes.name()}another process ended: see what it said.", file=sys.stderr)
+  else:
+    print(processes.name(), traceback.format_exc(), sep="", file=sys.stderr)
+
+
+def run(main: Callable[[], None], module: str, doc: str, many: bool = True) -> None:
+  """Parses the command line and runs `main`; exits with 0, or with 2 after one line about wrong input.
+
+  many: whether it may be one of many processes.
+  """
   def start() -> None:
     _parse(sys.argv)
     if CPU_DEVICES.value:
       meshes.simulate(CPU_DEVICES.value)
+    _join(many)
     main()
 
   logging.set_verbosity(logging.ERROR)  # libraries talk to their developers; our users are told by us
   if {"--help", "-h", "-help", "--helpfull"} & set(sys.argv[1:]):
     print(doc, _flag_help(module), sep="\n")
     sys.exit(0)
-  sys.exit(errors.run(start))
+  try:
+    status = errors.run(start, processes.name)
+  except Exception as error:
+    if not processes.name():
+      raise
+    _failed(error)
+    status = 1
+  if status:
+    processes.leave(status)
+  sys.exit(status)
 
 
 def _flag_help(module: str) -> str:

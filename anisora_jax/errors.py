@@ -30,11 +30,14 @@ def pick(table: dict[str, T], name: str, what: str) -> T:
   return table[name]
 
 
-def run(main: Callable[[], None]) -> int:
-  """Runs an entry point; returns its exit status: 0, or 2 after one printed line if the input was wrong."""
+def run(main: Callable[[], None], who: Callable[[], str] = str) -> int:
+  """Runs an entry point; returns its exit status: 0, or 2 after one printed line if the input was wrong.
+
+  who: what comes before the mistake, to tell one process from another.
+  """
   try:
     main()
   except BadInput as mistake:
-    print(f"error: {mistake}", file=sys.stderr)
+    print(f"error: {who()}{mistake}", file=sys.stderr)
     return 2
   return 0

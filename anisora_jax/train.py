@@ -21,6 +21,10 @@ DRY_RUN = flags.DEFINE_bool(
 TARGET = flags.DEFINE_string(
   "target", "", "Of a dry run: devices that are not here, as h200:8, v5p:2x2x4 or v6e:4x4, to compile for.")
 
+STOPPED_STATUS = flags.DEFINE_integer(
+  "stopped_status", 0, "Exit status of a run that a signal stopped, for schedulers that start again what did not end.",
+  lower_bound=0, upper_bound=125)
+
 
 def main() -> None:
   """Reads the flags and calls the assembly."""
@@ -28,8 +32,8 @@ def main() -> None:
     raise BadInput(f"--target {TARGET.value} names devices that are not here: add --dry_run, or leave it out.")
   if DRY_RUN.value:
     train.dry_run(entry.config(), target=TARGET.value)
-  else:
-    train.train(entry.config(), Path(entry.needed("workdir", "out/run")))
+  elif train.train(entry.config(), Path(entry.needed("workdir", "out/run"))):
+    sys.exit(STOPPED_STATUS.value)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import math
+import sys
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +15,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jaxtyping import Bool, Float
 from ml_collections import ConfigDict
 from tqdm.auto import tqdm
@@ -29,6 +31,7 @@ from anisora_jax.models.codec import latent_shape
 from anisora_jax.models.wan import image
 from anisora_jax.models.wan.sizes import SIZES
 from anisora_jax.parallel import mesh as meshes
+from anisora_jax.parallel import processes
 from anisora_jax.tasks.masks import Mixture
 from anisora_jax.training import views
 
@@ -36,6 +39,7 @@ SETTINGS = "settings.json"
 PART = 32   # source records of one shard, which is what an interrupted run has to do again
 TEXTS = 8   # captions that are encoded at once
 EDGE = 2**20  # bytes at both ends of a weight file by which it is known again
+SEEN = 60.0  # seconds in which what one machine writes must be seen by the others
 
 
 def fingerprint(path: Path) -> str:
@@ -249,7 +253,7 @@ def write_part(config: ConfigDict, tools: Encoders, job: Job, part: Path, number
     for made in ahead(pool, work, numbers, threads):
       if isinstance(made, tuple):
         bad.append(made)
-        tqdm.write(f"left out: {made[0]}: {made[1]}")
+        tqdm.write(f"{processes.name()}left out: {made[0]}: {made[1]}", sys.stdout if meshes.leads() else sys.stderr)
       else:
         found += made
       full = len(found) // tools.batch * tools.batch
@@ -276,8 +280,27 @@ def begin(config: ConfigDict, out: Path, say: Callable[[str], None]) -> tuple[di
       return settings, True
   elif meshes.leads():
     out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(settings, indent=2) + "\n")
+    unfinished = path.with_suffix(".partial")
+    unfinished.write_text(json.dumps(settings, indent=2) + "\n")
+    unfinished.replace(path)
+  elif not appeared([path], SEEN):
+    raise BadInput(f"{path}, which process 0 wrote, is not seen here: take a folder that all machines share.")
   return settings, False
+
+
+def appeared(paths: Iterable[Path], patience: float = math.inf) -> bool:
+  """Waits until other processes have written these files; False once `patience` seconds are over.
+
+  No barrier: those of the devices have time limits, and another process may have hours of clips more than this one.
+  It does not wait for the dead: when a process ends before its time, JAX ends the others.
+  """
+  end = time.monotonic() + patience
+  for path in paths:
+    while not path.exists():
+      if time.monotonic() > end:
+        return False
+      time.sleep(0.2)
+  return True
 
 
 def shapes_of(config: ConfigDict, bucket: Bucket) -> Shapes:
@@ -303,17 +326,20 @@ def encode(config: ConfigDict, out: Path, batch: int = 0, say: Callable[[str], N
     return
   rank, hosts = jax.process_index(), jax.process_count()
   parts = [(job, part, numbers) for job in todo for part, numbers in job.parts()]
-  left = [one for number, one in enumerate(parts) if number % hosts == rank and not note_of(one[1]).exists()]
+  done = {part for _, part, _ in parts if note_of(part).exists()}
+  left = [one for number, one in enumerate(parts) if number % hosts == rank and one[1] not in done]
   tools = load(config, batch or jax.local_device_count())
-  if len(left) < len(parts) and hosts == 1:
-    say(f"goes on: {len(parts) - len(left)} of {len(parts)} parts are done")
-  with tqdm(total=sum(len(numbers) for _, _, numbers in left), desc="clips encoded", unit="clip") as bar:
+  if done:
+    say(f"goes on: {len(done)} of {len(parts)} parts are done")
+  clips = sum(len(numbers) for _, _, numbers in left)
+  with tqdm(total=clips, desc="clips encoded", unit="clip", disable=not meshes.leads()) as bar:
     for job, part, numbers in left:
       write_part(config, tools, job, part, numbers, bar)
-  if hosts > 1:
-    multihost_utils.sync_global_devices("encoded")
   if meshes.leads():
+    appeared(note_of(part) for _, part, _ in parts)
     finish(settings, todo, shapes, tools, out, say)
+  else:
+    appeared([out / latents.INDEX])  # or the end of this process would wait for the others, and not for long
 
 
 def finish(settings: dict[str, Any], todo: Sequence[Job], shapes: dict[str, Shapes], tools: Encoders, out: Path,

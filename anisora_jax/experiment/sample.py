@@ -65,9 +65,11 @@ def make(studio: Studio, orders: Sequence[Order]) -> None:
     latent_shape(studio.parts.codec, order.request.frames, order.request.height, order.request.width)
     lay_out(order.request, cell)
   studio.prepare([order.prompt for order in orders])
-  for order in tqdm(orders, desc="films", unit="film", disable=len(orders) == 1):
+  for order in tqdm(orders, desc="films", unit="film", disable=len(orders) == 1 or not meshes.leads()):
     canvas, mask = lay_out(order.request, cell)
     made = studio.films(canvas[None], mask[None], [order.prompt], order.seed)[0]
+    if not meshes.leads():
+      continue
     shown = slice(None, -1) if order.request.loop else slice(None)  # its last frame is the first of the next round
     write_films(order.out, made[shown], order.request.fps)
     write_sheet(order.out.with_suffix(".png"), Sheet(order.out.stem, order.prompt, canvas, mask, made))
@@ -103,8 +105,8 @@ class Shown:
 def compare(studio: Studio, task: str, count: int, bucket: Bucket) -> list[Shown]:
   """Makes `count` held-out clips under one task and measures them where they were hidden."""
   shown: list[Shown] = []
-  clips = loader(studio.parts, studio.config, "held_out", (bucket,))
-  with tqdm(total=count, desc=task, unit="clip") as bar:
+  clips = loader(studio.parts, studio.config, "held_out", (bucket,), whole=True)
+  with tqdm(total=count, desc=task, unit="clip", disable=not meshes.leads()) as bar:
     for number, batch in enumerate(clips):
       truth, mask = batch["frames"], task_masks(studio, task, batch["character"], number)
       hidden = repeat(~mask, "b F h w -> b F (h p) (w q)", p=studio.parts.codec.spatial, q=studio.parts.codec.spatial)
@@ -156,9 +158,11 @@ def gallery(studio: Studio, folder: Path, tasks: Sequence[str], count: int, show
     shown = compare(studio, task, count, bucket)
     scores.append(score(shown))
     exhibits += [exhibit(one, out / f"{task}-{number}", studio.config.data.fps) for number, one in
-                 enumerate(shown[:show])]
+                 enumerate(shown[:show]) if meshes.leads()]
     rivals = ", ".join(f"{name} {value:.2f} dB" for name, value in scores[-1].baselines.items())
     say(f"{task}: PSNR of {len(shown)} held-out clips where hidden: model {scores[-1].model:.2f} dB, {rivals}")
+  if not meshes.leads():
+    return scores
   measures = report.read_measures(folder / "measures.jsonl")
   settings = studio.config.sample
   facts = {"parameters": f"{studio.parts.size.parameters():,}", "trained": studio.trained,

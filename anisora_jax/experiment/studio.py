@@ -105,7 +105,7 @@ class Studio:
   def _look(self) -> Callable:
     count, see = encoders.image_count(self.parts.size), self.seeing and partial(image.encode, self.seeing[0])
 
-    @jax.jit
+    @partial(jax.jit, out_shardings=meshes.whole(self.parts.mesh))
     def look(codec: Codec, params: PyTree, frames: jax.Array, mask: jax.Array) -> Condition:
       films = unit(frames)
       given = conditions.condition(films, mask, codec.encode, codec.temporal)
@@ -131,7 +131,8 @@ class Studio:
 
   @cached_property
   def _decode(self) -> Callable:
-    return jax.jit(lambda codec, x: jnp.clip(jnp.round((codec.decode(x) + 1) * 127.5), 0, 255).astype(jnp.uint8))
+    return jax.jit(lambda codec, x: jnp.clip(jnp.round((codec.decode(x) + 1) * 127.5), 0, 255).astype(jnp.uint8),
+                   out_shardings=meshes.whole(self.parts.mesh))
 
   def latents(self, frames: Films, mask: Masks, captions: Sequence[str], noise: jax.Array | None = None,
               number: int = 0) -> jax.Array:
@@ -167,7 +168,8 @@ class Studio:
   def _walk(self, plan: plans.Plan, x: jax.Array, shown: tuple) -> jax.Array:
     carry = x, SOLVERS[self.config.sample.solver].start(x)
     pieces = sampler.pieces(plan, self.config.sample.boundary)
-    with tqdm(total=len(plan.told), desc="steps", unit="step", leave=False, delay=SLOW) as bar:
+    settings = dict(desc="steps", unit="step", leave=False, delay=SLOW, disable=not meshes.leads())
+    with tqdm(total=len(plan.told), **settings) as bar:
       for expert, piece in pieces:
         params, step = self.rack.get(expert), self._steps[self.scales[expert]]
         rows = sampler.rows(plan, piece)

@@ -1,6 +1,7 @@
 """Parts become a training run, or an account of what it would take."""
 
 import json
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,8 +13,8 @@ import numpy as np
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from anisora_jax.checkpoints import workdir
-from anisora_jax.checkpoints.orbax import Checkpoints
+from anisora_jax.checkpoints import manifest, workdir
+from anisora_jax.checkpoints.orbax import Checkpoints, agreed
 from anisora_jax.errors import BadInput
 from anisora_jax.experiment import encode, encoders, origin
 from anisora_jax.experiment.encoders import Captions
@@ -29,7 +30,7 @@ from anisora_jax.experiment.parts import (
 )
 from anisora_jax.loaders.buckets import Bucket
 from anisora_jax.parallel import mesh as meshes
-from anisora_jax.parallel import placement, targets, traffic
+from anisora_jax.parallel import placement, processes, targets, traffic
 from anisora_jax.parallel.traffic import Sent
 from anisora_jax.training import loop, optimizer, report, state, step
 from anisora_jax.training.stop import Stop
@@ -128,8 +129,18 @@ def abstract_frozen(parts: Parts, config: ConfigDict) -> step.Frozen:
   return step.Frozen(codec, abstract_params(parts, kept=True) if parts.lora else None, blank)
 
 
-def train(config: ConfigDict, folder: Path, say: Callable[[str], None] = print) -> None:
-  """Trains, or goes on with the run that `folder` holds. Returns when the last step or a signal ended it, all saved."""
+def see_what_the_first_sees(folder: Path, newest: int) -> None:
+  """Raises BadInput in a process that does not find the config and the newest checkpoint (0 for none) of process 0."""
+  wanted = [folder / "config.json", *([folder / "checkpoints" / str(newest) / manifest.NAME] if newest else [])]
+  if not encode.appeared(wanted, encode.SEEN):
+    raise BadInput(f"{wanted[-1]}, which process 0 has, is not seen here: take a folder that all machines share.")
+
+
+def train(config: ConfigDict, folder: Path, say: Callable[[str], None] = print) -> bool:
+  """Trains, or goes on with the run that `folder` holds, until its last step or a signal; then all is saved.
+
+  Returns whether it was a signal. Every process of a run makes the same call.
+  """
   say = say if meshes.leads() else lambda line: None
   with Stop() as stop, workdir.lock(folder, say):
     parts = assemble(config)
@@ -138,11 +149,13 @@ def train(config: ConfigDict, folder: Path, say: Callable[[str], None] = print) 
     abstract, make = training_state(parts, chain)
     due = loop.Due(config.train.steps, config.train.report, config.train.held_out, config.train.checkpoint)
     plain = json.loads(config.to_json_best_effort())
-    fresh = not Checkpoints(folder / "checkpoints").steps()
+    newest = agreed(max(Checkpoints(folder / "checkpoints").steps(), default=0))
+    fresh = newest == 0
     source = origin.source_of(parts, config, config.model.expert) if parts.lora or fresh else None
     frozen, captions = frozen_parts(parts, config)
     for field, change in workdir.keep_config(folder, plain, MAY_CHANGE).items():
       say(f"resumes with another {field}: {change}")
+    see_what_the_first_sees(folder, newest)
     with Checkpoints(folder / "checkpoints", keep=config.train.keep, say=say) as checkpoints:
       began, start = 0, source and origin.read(parts, config, source, bool(parts.lora), config.model.expert)
       if not fresh:
@@ -166,10 +179,11 @@ def train(config: ConfigDict, folder: Path, say: Callable[[str], None] = print) 
         now, number, stopped = loop.run(now, lambda now, batch: run(now, batch, frozen), batches, due, effects, stop,
                                         clock)
     batches.close()
-    for name, reason in sorted(set(batches.bad)):
-      say(f"left out: {name}: {reason}")
+    for name, reason in sorted(set(batches.bad)):  # each process tells of the records that it alone has read
+      (say if meshes.leads() else partial(print, file=sys.stderr))(f"{processes.name()}left out: {name}: {reason}")
     say(f"stopped after step {number}, saved; the same command goes on." if stopped else
         f"trained {number} steps; everything is in {folder}.")
+    return stopped
 
 
 def _bucket_of(parts: Parts, batch: dict) -> Bucket:

@@ -99,9 +99,14 @@ def to_devices(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Arr
   return {name: jax.make_array_from_process_local_data(split, part) for name, part in batch.items()}
 
 
+def whole(mesh: Mesh) -> NamedSharding:
+  """The placement of what every device holds whole, and every host can therefore read."""
+  return NamedSharding(mesh, P())
+
+
 def everywhere(mesh: Mesh, x: np.ndarray) -> jax.Array:
   """An array that every host holds, whole on every device."""
-  return jax.device_put(x, NamedSharding(mesh, P()))
+  return jax.device_put(x, whole(mesh))
 
 
 def tell_all(mesh: Mesh, flag: int) -> jax.Array:

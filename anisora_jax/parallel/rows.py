@@ -18,7 +18,8 @@ def through(mesh: Mesh, work: Callable[..., jax.Array], arrays: Mapping[str, np.
   leave again. work: takes the arrays by name, as global arrays, and returns one array split in the same way.
   """
   b = len(next(iter(arrays.values())))
-  spare = -b % (meshes.batch_shards(mesh) // meshes.hosts(mesh)[1])
+  shards = meshes.batch_shards(mesh)
+  spare = -b % (shards // meshes.hosts(mesh)[1]) if shards > 1 else 0  # unsplit, every host has the same rows
   filled = {name: np.pad(x, [(0, spare)] + [(0, 0)] * (x.ndim - 1)) for name, x in arrays.items()}
   made = work(**meshes.to_devices(mesh, filled))
   return np.asarray(multihost_utils.global_array_to_host_local_array(made, mesh, P(meshes.BATCH)))[:b]

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from anisora_jax.errors import BadInput
+from anisora_jax.parallel import processes
 from anisora_jax.training.report import Clock
 from anisora_jax.training.stop import Stop
 
@@ -97,8 +98,8 @@ class Settling:
       self.skipped = []
     last = step.number == self.due.steps or measures["stop"]
     if last or measures["skipped"] or (self.due.report and step.number % self.due.report == 0):
-      # Which records this host read, as one number that two runs can compare.
-      records = zlib.crc32(np.ascontiguousarray(step.batch["id"], np.int64).tobytes())
+      # Which records all hosts read, as one number that two runs can compare; hosts come here at the same steps.
+      records = zlib.crc32(np.ascontiguousarray(processes.gather(step.batch["id"]), np.int64).tobytes())
       self.effects.report(step.number, measures | self.clock.rates() | {"records": records})
     return bool(measures["stop"])
 
