@@ -1,6 +1,5 @@
 """Adapters: peft and diffusers load and compute what we do; merged equals unmerged; only adapters have moments."""
 
-from functools import partial
 
 import diffusers
 import jax
@@ -35,7 +34,7 @@ def normal(tree, seed, scale=0.3):
 
 @pytest.fixture(scope="module")
 def net():
-  return WanDiT(SIZE, mesh.build(), fold=partial(lora.fold, scale=LORA.scale))
+  return WanDiT(SIZE, mesh.build())
 
 
 @pytest.fixture(scope="module")
@@ -59,10 +58,9 @@ def adapters(base):
 
 @pytest.fixture(scope="module")
 def network(net, inputs):
-  """The network of a joined tree: the rim is folded at once, blocks inside the scan."""
+  """The network of a joined tree."""
   def apply(params):
-    rim = lora.fold({name: part for name, part in params.items() if name != "blocks"}, LORA.scale)
-    return net.apply({"params": {**rim, "blocks": params["blocks"]}}, **inputs)
+    return net.apply({"params": lora.scaled(params, LORA.scale)}, **inputs)
 
   return apply
 
@@ -89,6 +87,14 @@ def test_merged_equals_unmerged(run, base, adapters):
   ours, theirs = run(lora.join(base, adapters)), run(merged)
   assert float(abs(ours - run(base)).max()) > 0.1
   assert float(abs(ours - theirs).max() / abs(theirs).max()) < 1e-5
+
+
+def test_a_frozen_kernel_costs_no_gradient(net, base, adapters, inputs):
+  def loss(base, adapters):
+    return (net.apply({"params": lora.join(base, adapters)}, **inputs) ** 2).mean()
+
+  flops = [jax.jit(jax.grad(loss, of)).lower(base, adapters).compile(QUICK).cost_analysis()["flops"] for of in (0, 1)]
+  assert flops[1] < 0.85 * flops[0]  # two thirds, the adapters themselves, and what is no product
 
 
 def test_peft_and_diffusers_load_our_file_and_compute_the_same(run, base, adapters, inputs):

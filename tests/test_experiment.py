@@ -27,7 +27,7 @@ from anisora_jax.adapters import files
 from anisora_jax.adapters.lora import Lora
 from anisora_jax.checkpoints.orbax import Checkpoints
 from anisora_jax.errors import BadInput
-from anisora_jax.experiment import adapters, convert, parts, sample, studio, train
+from anisora_jax.experiment import adapters, convert, parts, runs, sample, studio, train
 from anisora_jax.models.wan.names import NAMINGS, entries
 from anisora_jax.sampling.request import Request, lay_out, parse_keyframes
 from anisora_jax.training import optimizer
@@ -112,7 +112,7 @@ def losses(folder: Path) -> dict[int, tuple[float, int]]:
 
 def state_of(folder: Path, records: Path, step: int) -> dict[str, np.ndarray]:
   """Every array of a checkpoint: parameters, moments, averages, counts."""
-  config = parts.saved_config(folder)
+  config = runs.saved_config(folder)
   made = parts.assemble(config)
   chain, _ = optimizer.build(made.optimizer, parts.abstract_trained(made))
   abstract, _ = train.training_state(made, chain)

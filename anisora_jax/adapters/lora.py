@@ -1,4 +1,4 @@
-"""Low-rank adapters on any parameter path: begin, join, fold.
+"""Low-rank adapters on any parameter path: begin, join, scale, fold.
 
 An adapter of a layer is what stands beside its arrays: `lora_a` [.., i, r] and `lora_b` [.., r, o] beside a kernel
 [.., i, o], and `NAME_diff` beside any array NAME, which some published adapters bring. The network that they make is
@@ -65,6 +65,12 @@ def join(base: Mapping, adapters: Mapping) -> dict:
   """One tree in which adapters stand beside what they adapt; nothing is computed."""
   return {**base, **{name: join(base[name], part) if name in base and isinstance(part, Mapping) else part
                      for name, part in adapters.items()}}
+
+
+def scaled(params: Mapping, scale: float) -> dict:
+  """A joined tree whose adapters count `scale` times, for a network that adds x lora_a lora_b itself."""
+  return {name: scaled(x, scale) if isinstance(x, Mapping) else scale * x if name == "lora_b" else x
+          for name, x in params.items()}
 
 
 def fold(params: Mapping, scale: float) -> dict:

@@ -57,17 +57,18 @@ class Parts:
     return f, h * w // self.size.patch**2
 
   def work(self, bucket: Bucket) -> tuple[int, float]:
-    """(tokens, model FLOPs) of one training step: the backward pass counts twice the forward, nothing counts twice."""
-    f, n = self.frame_tokens(bucket)
-    return bucket.batch * f * n, 3 * bucket.batch * self.size.forward_flops(f, n, self.image_tokens)
+    """(tokens, model FLOPs) of one training step. Nothing counts twice.
+
+    The backward pass counts twice the forward, and once where the large kernels are not trained.
+    """
+    (f, n), passes = self.frame_tokens(bucket), 2 if self.lora else 3
+    return bucket.batch * f * n, passes * bucket.batch * self.size.forward_flops(f, n, self.image_tokens)
 
 
-def velocity(network: WanDiT, given: bool, params: PyTree, x, t, condition, text):
-  """The network as training and sampling call it."""
-  if network.fold:  # it folds the adapters of its blocks itself, block by block
-    rim = {name: part for name, part in params.items() if name != "blocks"}
-    params = {**network.fold(rim), "blocks": params["blocks"]}
-  return network.apply({"params": params}, x, t, text, condition.channels() if given else None, condition.image)
+def velocity(network: WanDiT, scale: float, params: PyTree, x, t, condition, text):
+  """The network as training and sampling call it. scale: of adapters that stand beside its parameters, if any do."""
+  told = condition.channels() if network.size.given else None
+  return network.apply({"params": lora.scaled(params, scale)}, x, t, text, told, condition.image)
 
 
 def assemble(config: ConfigDict, count: int | None = None, devices: Sequence[jax.Device] | None = None) -> Parts:
@@ -87,15 +88,15 @@ def assemble(config: ConfigDict, count: int | None = None, devices: Sequence[jax
     raise BadInput(f"lora.rank is {adapted.rank} and there is no base to adapt: give --config.model.weights=PATH, or "
                    "--config.lora.rank=0 to train the network itself.")
   network = WanDiT(size, mesh, config.model.attention, config.model.kernel, config.model.remat, dtype,
-                   config.model.gate, adapted and partial(lora.fold, scale=adapted.scale))
+                   config.model.gate)
   times, loss = config.times.to_dict(), config.loss
   given = times.pop("given")
   times["late_from"] = round(times["late_from"] * config.train.steps)
   pick(WEIGHTS, loss.weight, "loss weight")
   method = step.Method(
-    velocity=partial(velocity, network, size.given > 0), codec=made, tasks=Mixture(config.tasks.to_dict()),
-    times=TimeDraw(**times), weight=loss.weight, drop_text=loss.drop_text, drop_condition=loss.drop_condition,
-    given=given, seed=config.seed, micro_batches=config.train.micro_batches)
+    velocity=partial(velocity, network, adapted.scale if adapted else 1.0), codec=made,
+    tasks=Mixture(config.tasks.to_dict()), times=TimeDraw(**times), weight=loss.weight, drop_text=loss.drop_text,
+    drop_condition=loss.drop_condition, given=given, seed=config.seed, micro_batches=config.train.micro_batches)
   settings = {name: value for name, value in config.optimizer.items() if name != "ema"}
   parts = Parts(mesh=mesh, size=size, codec=made, network=network, method=method,
                 optimizer=optimizer.Optimizer(steps=config.train.steps, **settings), lora=adapted,
@@ -166,8 +167,7 @@ def init(parts: Parts, x) -> PyTree:
   given = jnp.zeros((b, f, h, w, parts.size.given)) if parts.size.given else None
   image = jnp.zeros((b, parts.size.image_positions or 1, parts.size.image_width)) if parts.size.image_width else None
   text = jnp.zeros((b, parts.size.text_tokens, parts.size.text_width))
-  network = parts.network.clone(fold=None)
-  return network.init(keys.key(parts.method.seed, 0, "init"), x, jnp.zeros((b, f)), text, given, image)["params"]
+  return parts.network.init(keys.key(parts.method.seed, 0, "init"), x, jnp.zeros((b, f)), text, given, image)["params"]
 
 
 def loader(parts: Parts, config: ConfigDict, split: str, buckets: tuple[Bucket, ...] | None = None,

@@ -17,17 +17,40 @@ SMALL = initializers.normal(0.02)
 KERNELS = {"": P(), "in": P("tensor", None), "out": P(None, "tensor")}  # how a kernel lies during its product
 
 
-def linear(width: int, name: str, dtype, mesh: Mesh, split: str = "", init=SPREAD) -> nn.Dense:
+class Linear(nn.Module):
   """A linear layer with bias: parameters f32, arithmetic in `dtype`.
 
   split: the side of the kernel, "in" or "out", that stays split over tensor during the product; over fsdp it is whole.
+  Where adapters `lora_a` [i, r] and `lora_b` [r, o] stand beside the kernel, x lora_a lora_b is added. Added to the
+  kernel instead, they would take a gradient as large as the kernel's, and its sum over the devices.
   """
-  # Explicit, for if a product meets a batch and a kernel that both are split over fsdp, the compiler may lose a sum of
-  # the backward pass without a word (data 2 x fsdp 2 x tensor 2, jax 0.10.2; openxla/xla issue 40034 is of this kind).
-  def product(x, kernel, *dims, **options):
-    return lax.dot_general(x, hold(kernel, mesh, KERNELS[split]), *dims, **options)
 
-  return nn.Dense(width, dtype=dtype, kernel_init=init, name=name, dot_general=product)
+  width: int
+  dtype: object
+  mesh: Mesh
+  split: str = ""
+  init: object = SPREAD
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
+    kernel = self.param("kernel", self.init, (x.shape[-1], self.width))
+    y = self._product(x, kernel, self.split) + self.param("bias", initializers.zeros, (self.width,)).astype(self.dtype)
+    if self.has_variable("params", "lora_a"):
+      a, b = (self.get_variable("params", name) for name in ("lora_a", "lora_b"))
+      inner = self._product(x, a, "in" if self.split == "in" else "")
+      y = y + self._product(inner, b, "out" if self.split == "out" else "")
+    return y
+
+  def _product(self, x: Float[Array, "*b i"], kernel: Float[Array, "i o"], split: str) -> Float[Array, "*b o"]:
+    # Held, for if a product meets a batch and a kernel that both are split over fsdp, the compiler may lose a sum of
+    # the backward pass without a word (data 2 x fsdp 2 x tensor 2, jax 0.10.2; openxla/xla issue 40034 is such).
+    kernel = hold(kernel.astype(self.dtype), self.mesh, KERNELS[split])
+    return lax.dot_general(x.astype(self.dtype), kernel, (((x.ndim - 1,), (0,)), ((), ())))
+
+
+def linear(width: int, name: str, dtype, mesh: Mesh, split: str = "", init=SPREAD) -> Linear:
+  """A `Linear` of a name."""
+  return Linear(width, dtype, mesh, split, init, name=name)
 
 
 def layer_norm(x: Float[Array, "*b d"], eps: float = 1e-6) -> Float[Array, "*b d"]:

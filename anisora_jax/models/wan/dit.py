@@ -9,7 +9,6 @@ One block (m = learned + time, six vectors shift, scale, gate twice):
 From: Wan 2.1, arXiv:2503.20314 (wan/modules/model.py).
 """
 
-from collections.abc import Callable
 from functools import partial
 
 import flax.linen as nn
@@ -177,8 +176,7 @@ class Head(nn.Module):
 class WanDiT(nn.Module):
   """The whole transformer. remat, pattern, kernel: names in REMAT, attention.PATTERNS, attention.LOCAL.
 
-  gate: what gates start from, 0 in Wan; a small model trained from scratch moves sooner from 0.5. fold: applied to the
-  parameters of each block inside the scan, where adapters stand beside them; so one block at a time is adapted.
+  gate: what gates start from, 0 in Wan; a small model trained from scratch moves sooner from 0.5.
   """
 
   size: Size
@@ -188,7 +186,6 @@ class WanDiT(nn.Module):
   remat: str = "attention"
   dtype: DTypeLike = jnp.float32
   gate: float = 0.0
-  fold: Callable[[dict], dict] | None = None
 
   @nn.compact
   def __call__(self, x: Latents, t: Float[Array, "b _"] | Float[Array, "b f n"], text: Text,
@@ -217,8 +214,7 @@ class WanDiT(nn.Module):
       image = ImageTokens(size.width, size.image_positions, self.dtype, self.mesh, name="image")(image)
       image = hold(image, self.mesh, P(BATCH, None, None))
 
-    block = nn.map_variables(Block, "params", self.fold) if self.fold else Block
-    block = nn.remat(block, policy=REMAT[self.remat], prevent_cse=False)
+    block = nn.remat(Block, policy=REMAT[self.remat], prevent_cse=False)
     stack = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=(nn.broadcast,) * 5,
                     length=size.layers)
     stack = stack(size, self.mesh, self.pattern, self.kernel, self.dtype, self.gate, name="blocks")
