@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
     "expert": "",             # of two, as in Wan 2.2 A14B, which is trained: high_noise or low_noise
     "adapters": "",           # files folded into the weights first: "A", "A=0.8,B"; of one expert "low_noise:A=0.8"
     "attention": "ring",      # full or ring; a ring over seq = 1 is full
-    "kernel": "dense",        # dense anywhere; cudnn on NVIDIA GPUs in bfloat16
+    "kernel": "dense",        # dense, or blockwise for long clips; splash on TPUs; cudnn on NVIDIA GPUs in bfloat16
     "remat": "attention",     # what a layer keeps for its backward pass: none, attention, matmuls, full
     "gate": 0.5,              # what gates start from when trained from scratch; 0 as Wan, which moves later
     "dtype": "float32",       # of arithmetic, bfloat16 on accelerators; parameters are always float32
