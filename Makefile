@@ -9,7 +9,7 @@ OUT ?= out/quickstart
 help:
 	@echo "make quickstart   draw cartoons, train a tiny model on 8 simulated devices, sample it; films in $(OUT)"
 	@echo "make test         all tests, on 8 simulated CPU devices"
-	@echo "make lint         ruff, and a syntax check of the shell scripts"
+	@echo "make lint         ruff, and ShellCheck on the shell scripts"
 	@echo "make bench        speed against diffusers, bare decoding and no checkpoints"
 	@echo "make aot          what a 14B training step takes of 8 H200 or of TPUs, compiled without any of them; slow"
 	@echo "make clean        remove what quickstart made"
@@ -35,6 +35,7 @@ test: .venv/test
 lint: .venv/test
 	$(BIN)/ruff check .
 	bash -n launch/*.sh .ci/run
+	$(BIN)/shellcheck launch/*.sh .ci/run
 
 bench: .venv/test
 	$(BIN)/python bench/step.py
