@@ -1,4 +1,4 @@
-"""Loss and gradients do not depend on the mesh; a ring of devices is one softmax; parameters live where rules say."""
+"""Loss and gradients do not depend on the mesh; parameters live where rules say."""
 
 import re
 from collections import Counter
@@ -23,7 +23,6 @@ from anisora_jax.models.wan.dit import WanDiT
 from anisora_jax.models.wan.placement import IMAGE_RULES, RULES
 from anisora_jax.models.wan.sizes import SIZES, Size
 from anisora_jax.parallel import mesh, placement
-from anisora_jax.parallel.ring import ring
 
 SIZE = Size(layers=2, width=64, heads=8, mlp=96, channels=4, given=5, text_width=16, text_tokens=6, image_width=16,
             waves=32)
@@ -34,13 +33,11 @@ GRIDS = {16: (8, 8), 15: (6, 10), 9: (6, 6)}
 TOKENS = {1: 15, 2: 15, 4: 9, 8: 9}
 
 
-def dense_softmax(q, k, v, seen=None):
-  """softmax(q k / sqrt(width)) v with nothing clever; rows that see nothing are 0."""
+def dense_softmax(q, k, v, ids=None):
+  """softmax(q k / sqrt(width)) v with nothing clever."""
   logits = jnp.einsum("blak,bsak->bals", q, k) / np.sqrt(q.shape[-1])
-  if seen is None:
-    return jnp.einsum("bals,bsak->blak", jax.nn.softmax(logits), v)
-  weights = jax.nn.softmax(jnp.where(seen, logits, -1e9))
-  return jnp.einsum("bals,bsak->blak", jnp.where(seen, weights, 0.0), v)
+  assert ids is None
+  return jnp.einsum("bals,bsak->blak", jax.nn.softmax(logits), v)
 
 
 def reference_pattern(q, k, v, segments, on, kernel):
@@ -162,39 +159,6 @@ def test_a_vector_of_times_talks_and_weighs_as_one_time(params, truth):
   assert counts[0] == counts[1] and {"all-reduce", "all-gather", "collective-permute"} <= set(counts[0])
   memory = [step.memory_analysis().temp_size_in_bytes for step in (one, every)]
   assert memory[1] <= 1.05 * memory[0], memory
-
-
-@pytest.mark.parametrize(("kernel", "seq", "logits", "lengths"), [
-  ("dense", 2, 2**20, (30, 32, 33, 57)), ("dense", 4, 1000, (30, 32, 33, 57)), ("dense", 8, 1, (30, 32, 33, 57)),
-  ("blockwise", 2, 100, (30, 32, 33, 57)), ("blockwise", 8, 1, (30, 32, 33, 57, 130)), ("splash", 8, 1, (32, 33))])
-def test_a_ring_is_one_softmax(kernel, seq, logits, lengths, monkeypatch):
-  """Values and gradients at some lengths, with random segments and padding, and once (32) without ids.
-
-  logits: so many at once; 6 heads then go together, three by three (or all: the length decides) and one by one.
-  """
-  monkeypatch.setitem(kernels.LOGITS, "cpu", logits)
-  monkeypatch.setitem(kernels.SIDE, "cpu", 5)
-  monkeypatch.setattr(splash, "INTERPRET", True)
-  ours = jax.shard_map(lambda *parts: ring(*parts, "seq", kernels.LOCAL[kernel].block), mesh=on_mesh((1, 1, seq, 1)),
-                       in_specs=P(None, "seq"), out_specs=P(None, "seq"), check_vma=kernels.LOCAL[kernel].typed)
-
-  def compare(q, k, v, ids, do):
-    seen = None if ids is None else ((ids[:, :, None] == ids[:, None]) & (ids >= 0)[:, None])[:, None]
-    got, got_back = jax.vjp(lambda *parts: ours(*parts, ids), q, k, v)
-    want, want_back = jax.vjp(partial(dense_softmax, seen=seen), q, k, v)
-    return (got, *got_back(do)), (want, *want_back(do))
-
-  def case(length):
-    draw, spare = np.random.default_rng(length), -length % seq
-    q, k, v, do = (draw.normal(size=(2, length + spare, 3, 8)).astype(np.float32) for _ in range(4))
-    ids = np.pad(draw.integers(0, 3, (2, length)), ((0, 0), (0, spare)), constant_values=-1)
-    return q, k, v, None if length == 32 else ids, do
-
-  cases = [case(length) for length in lengths]
-  compared = jax.jit(lambda cases: [compare(*parts) for parts in cases], compiler_options=QUICK)(cases)
-  for all_got, all_want in compared:
-    for got, want in zip(all_got, all_want, strict=True):
-      assert apart(got, want) < 1e-5
 
 
 @pytest.mark.parametrize("name", [name for name in SIZES if name.startswith("wan")])

@@ -3,10 +3,13 @@
 A pattern says which tokens meet and how shards talk; a kernel works one block on one device.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import jax
+from einops import rearrange
 from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
@@ -15,8 +18,14 @@ from jaxtyping import Array, Float
 from anisora_jax.errors import BadInput, pick
 from anisora_jax.models.kernels import LOCAL, Local
 from anisora_jax.parallel.mesh import BATCH
-from anisora_jax.parallel.ring import ring
+from anisora_jax.parallel.ring import AllIds, Route, ring
+from anisora_jax.parallel.ulysses import ulysses
 from anisora_jax.shapes import Heads, Segments
+
+
+# The name of what cross-attention gives, which no policy keeps: its few keys are soon worked again, and over the layers
+# of a long clip it is as large as what self-attention gives.
+TO_TEXT = "attention to text"
 
 
 def check(pattern: str, kernel: str, mesh: Mesh, heads: int, dtype: str, ids: bool = False,
@@ -25,17 +34,23 @@ def check(pattern: str, kernel: str, mesh: Mesh, heads: int, dtype: str, ids: bo
 
   ids: whether some tokens do not see all others. trains: whether gradients are asked for. Raises BadInput.
   """
-  pick(PATTERNS, pattern, "attention pattern")
-  pick(LOCAL, kernel, "attention kernel")
+  scheme = pick(PATTERNS, pattern, "attention pattern")
+  asked = pick(LOCAL, kernel, "attention kernel")
   if heads % mesh.shape["tensor"]:
     raise BadInput(f"{heads} heads do not divide by mesh axis tensor = {mesh.shape['tensor']}: choose a divisor.")
-  if mesh.shape["seq"] > 1 and pattern == "full":
-    raise BadInput(f"pattern 'full' needs mesh axis seq = 1, got {mesh.shape['seq']}: use 'ring'.")
-  platform, seq, asked = mesh.devices.flat[0].platform, mesh.shape["seq"], LOCAL[kernel]
+  seq, own = mesh.shape["seq"], heads // mesh.shape["tensor"]
+  if seq > 1 and pattern == "full":
+    others = ", ".join(repr(name) for name in PATTERNS if name != pattern)
+    raise BadInput(f"pattern 'full' needs mesh axis seq = 1, got {seq}: use {others}.")
+  together = scheme.together(seq, own)
+  if own % together:
+    raise BadInput(f"pattern {pattern!r} needs the heads of a device to divide by mesh axis seq = {seq}, got {own} "
+                   f"({heads} over tensor = {mesh.shape['tensor']}): use 'hybrid' or 'ring'.")
+  platform = mesh.devices.flat[0].platform
   needs = [  # (what the kernel says where it cannot, whether a kernel can)
     (f"needs a {(asked.platform or '').upper()}, here is a {platform}", lambda x: x.platform in (None, platform)),
     (f"works in {' or '.join(asked.dtypes)}, not in {dtype}", lambda x: dtype in x.dtypes),
-    (f"returns no log-sum-exp, which a ring over seq = {seq} needs", lambda x: x.block is not None or seq == 1),
+    (f"returns no log-sum-exp, which a ring over seq = {seq} needs", lambda x: x.block is not None or seq == together),
     ("takes no segment ids or padding", lambda x: x.ids or not ids),
     ("has no backward pass", lambda x: x.trains or not trains)]
   able = [name for name, local in LOCAL.items() if all(can(local) for _, can in needs)]
@@ -44,34 +59,46 @@ def check(pattern: str, kernel: str, mesh: Mesh, heads: int, dtype: str, ids: bo
       raise BadInput(f"kernel {kernel!r} {lack}: use one of {', '.join(able)}.")
 
 
+class Pattern(NamedTuple):
+  """Every token sees every token of its clip; tokens split over the mesh axis seq.
+
+  together: (devices of seq, heads of a device) -> how many neighbours of seq exchange heads for tokens, as `ulysses`
+  says; rings join what is left. both: whether keys travel both ways round a ring.
+  """
+
+  together: Callable[[int, int], int]
+  both: bool = False
+
+  def __call__(self, q: Heads, k: Heads, v: Heads, segments: Segments | None, mesh: Mesh, kernel: str) -> Heads:
+    seq, local = mesh.shape["seq"], LOCAL[kernel]
+    together = self.together(seq, q.shape[-2] // mesh.shape["tensor"])
+    inner = partial(_alone, kernel=local)
+    if together < seq:
+      inner = partial(ring, route=Route("seq", together, self.both), kernel=local.block)
+    if together > 1:
+      inner = partial(ulysses, axis="seq", together=together, inner=inner)
+    return _over_shards(inner, mesh, local, q, k, v, segments)
+
+
+def _alone(q: Array, k: Array, v: Array, ids: AllIds, kernel: Local) -> Array:
+  """All tokens are here."""
+  return kernel.attend(q, k, v, None if ids is None else (ids[0], ids[0]))
+
+
 def _over_shards(body: Callable, mesh: Mesh, kernel: Local, q: Heads, k: Heads, v: Heads, segments: Segments | None):
-  """Runs `body` on each device's tokens, frames flattened: attention does not care about the order of tokens."""
+  """Runs `body` on each device's tokens, frames flattened: attention does not care about the order of tokens.
+
+  It gets the segments of all devices' tokens, [seq, b, l]: they weigh little, and need not be sent where all are known.
+  """
   def flat(q, k, v, ids):
     shape = q.shape
-    q, k, v = (x.reshape(shape[0], -1, *shape[-2:]) for x in (q, k, v))
-    return body(q, k, v, None if ids is None else ids.reshape(shape[0], -1)).reshape(shape)
+    return body(*(x.reshape(shape[0], -1, *shape[-2:]) for x in (q, k, v)), ids).reshape(shape)
 
-  heads, ids = P(BATCH, None, "seq", "tensor", None), P(BATCH, None, "seq")
-  return jax.shard_map(flat, mesh=mesh, in_specs=(heads, heads, heads, ids), out_specs=heads,
+  if segments is not None:
+    segments = rearrange(segments, "b f (r n) -> r b (f n)", r=mesh.shape["seq"])
+  heads = P(BATCH, None, "seq", "tensor", None)
+  return jax.shard_map(flat, mesh=mesh, in_specs=(heads, heads, heads, P(None, BATCH)), out_specs=heads,
                        check_vma=kernel.typed)(q, k, v, segments)
-
-
-def full(q: Heads, k: Heads, v: Heads, segments: Segments | None, mesh: Mesh, kernel: str) -> Heads:
-  """Every token sees every token of its clip; all tokens on one device."""
-  local = LOCAL[kernel]
-
-  def body(q, k, v, ids):
-    return local.attend(q, k, v, None if ids is None else (ids, ids))
-
-  return _over_shards(body, mesh, local, q, k, v, segments)
-
-
-def ringed(q: Heads, k: Heads, v: Heads, segments: Segments | None, mesh: Mesh, kernel: str) -> Heads:
-  """Every token sees every token of its clip; tokens split over the mesh axis seq."""
-  if mesh.shape["seq"] == 1:
-    return full(q, k, v, segments, mesh, kernel)
-  local = LOCAL[kernel]
-  return _over_shards(partial(ring, axis="seq", kernel=local.block), mesh, local, q, k, v, segments)
 
 
 def to_text(q: Heads, k: Float[Array, "b s a k"], v: Float[Array, "b s a k"], mesh: Mesh, kernel: str) -> Heads:
@@ -80,11 +107,17 @@ def to_text(q: Heads, k: Float[Array, "b s a k"], v: Float[Array, "b s a k"], me
 
   def flat(q, k, v):
     k, v = (lax.pcast(x, "seq", to="varying") for x in (k, v))  # their gradients are summed over the shards
-    return local.attend(q.reshape(q.shape[0], -1, *q.shape[-2:]), k, v, None).reshape(q.shape)
+    return local.attend(q.reshape(q.shape[0], -1, *q.shape[-2:]), k, v, None, TO_TEXT).reshape(q.shape)
 
   heads, words = P(BATCH, None, "seq", "tensor", None), P(BATCH, None, "tensor", None)
   return jax.shard_map(flat, mesh=mesh, in_specs=(heads, words, words), out_specs=heads,
                        check_vma=local.typed)(q, k, v)
 
 
-PATTERNS = {"full": full, "ring": ringed}  # name in configs -> function
+PATTERNS = {  # name in configs -> function
+  "full": Pattern(lambda seq, heads: 1),
+  "ring": Pattern(lambda seq, heads: 1),
+  "ring_both": Pattern(lambda seq, heads: 1, both=True),
+  "ulysses": Pattern(lambda seq, heads: seq),
+  "hybrid": Pattern(math.gcd),  # as many exchange as heads divide by, since an exchange sends less than a ring
+}

@@ -1,10 +1,13 @@
-"""Ring attention: every device keeps its queries while keys and values travel round a mesh axis.
+"""Ring attention: every device keeps its queries while keys and values travel round the devices of a mesh axis.
 
 Softmax over all keys is rebuilt from the partial results of the blocks (o_i, log-sum-exp_i):
   lse = log sum_i exp(lse_i),   o = sum_i exp(lse_i - lse) o_i.
 The backward pass sends the gradients of a block of keys along with the block, so that they come home after one round;
 queries never move. Transfers are issued before the block is worked on, so that they hide behind the arithmetic.
-From: Liu et al. 2023, arXiv:2310.01889; the partial softmax is Milakov and Gimelshein 2018, arXiv:1805.02867.
+A ring of r devices sends, a device, 2 (r - 1) blocks forward, and 2 (r - 1) with 2 r in f32 backward: keys and values
+are one block each. Both ways at once, half of every block each way, no link carries more than half of that.
+From: Liu et al. 2023, arXiv:2310.01889; the partial softmax is Milakov and Gimelshein 2018, arXiv:1805.02867; both
+directions of a link are used by TokenRing, Wang et al. 2024, arXiv:2412.20501.
 """
 
 from functools import partial
@@ -22,6 +25,7 @@ Queries = Float[Array, "b l a k"]
 Keys = Float[Array, "b s a k"]
 LogSum = Float[Array, "b a l"]
 Ids = tuple[Int[Array, "b l"], Int[Array, "b s"]] | None  # of queries and of keys; None: all see all
+AllIds = Int[Array, "r b l"] | None  # of every device of a ring, in its order
 
 
 class Forward(Protocol):
@@ -44,14 +48,46 @@ class Kernel(NamedTuple):
   backward: Backward
 
 
-def _pair(q_ids, k_ids) -> Ids:
-  return None if q_ids is None else (q_ids, k_ids)
+class Route(NamedTuple):
+  """How blocks travel; its methods are called inside shard_map.
 
+  axis: of the mesh. apart: devices of the axis that are so far apart form a ring, and there are as many rings. both:
+  half of every block goes forward and half back. Two devices have but one neighbour, and one way.
+  """
 
-def _send(block, axis: str):
-  """Passes a tree of arrays to the next device of the ring."""
-  size = lax.axis_size(axis)
-  return jax.tree.map(lambda x: lax.ppermute(x, axis, [(i, (i + 1) % size) for i in range(size)]), block)
+  axis: str
+  apart: int = 1
+  both: bool = False
+
+  def size(self) -> int:
+    """Devices of a ring."""
+    return lax.axis_size(self.axis) // self.apart
+
+  def ways(self, length: int) -> list[tuple[int, slice]]:
+    """(direction, its part of a block of so many tokens)."""
+    if not self.both or self.size() == 2 or length == 1:
+      return [(1, slice(None))]
+    half = -(-length // 2)
+    return [(1, slice(half)), (-1, slice(half, None))]
+
+  def send(self, block: tuple[Array, ...]) -> tuple[Array, ...]:
+    """Passes arrays [b, s, ...] on to the next devices."""
+    devices = lax.axis_size(self.axis)
+
+    def on(x):
+      parts = [lax.ppermute(x[:, part], self.axis, [(i, (i + way * self.apart) % devices) for i in range(devices)])
+               for way, part in self.ways(x.shape[1])]
+      return jnp.concatenate(parts, 1) if len(parts) > 1 else parts[0]
+
+    return jax.tree.map(on, block)
+
+  def ids(self, ids: AllIds, turn: Array | int) -> Ids:
+    """Of this device's queries, and of the keys that are here at that turn."""
+    if ids is None:
+      return None
+    own = lax.axis_index(self.axis) // self.apart
+    parts = [ids[(own - way * turn) % self.size()][:, part] for way, part in self.ways(ids.shape[-1])]
+    return ids[own], jnp.concatenate(parts, 1)
 
 
 def _heads_first(weight: LogSum) -> Float[Array, "b l a 1"]:
@@ -65,59 +101,60 @@ def merge(one: tuple[Array, Array], other: tuple[Array, Array]) -> tuple[Array, 
   return o1 * _heads_first(jnp.exp(lse1 - lse)) + o2 * _heads_first(jnp.exp(lse2 - lse)), lse
 
 
-def _forward(q, k, v, ids, axis: str, kernel: Kernel) -> tuple[Array, Array]:
-  block, size = (k, v, ids), lax.axis_size(axis)
-  arriving = _send(block, axis) if size > 1 else block
-  result = kernel.forward(q, k, v, _pair(ids, ids))
+def _forward(q, k, v, ids, route: Route, kernel: Kernel) -> tuple[Array, Array]:
+  size = route.size()
+  arriving = route.send((k, v)) if size > 1 else None
+  result = kernel.forward(q, k, v, route.ids(ids, 0))
 
-  def turn(carry, _):
+  def step(carry, turn):
     result, block = carry
-    arriving = _send(block, axis)
-    return (merge(result, kernel.forward(q, block[0], block[1], _pair(ids, block[2]))), arriving), None
+    arriving = route.send(block)
+    return (merge(result, kernel.forward(q, *block, route.ids(ids, turn))), arriving), None
 
   if size > 1:  # the last block is not passed on
-    (result, block), _ = lax.scan(turn, (result, arriving), length=size - 2)
-    result = merge(result, kernel.forward(q, block[0], block[1], _pair(ids, block[2])))
+    (result, block), _ = lax.scan(step, (result, arriving), jnp.arange(1, size - 1))
+    result = merge(result, kernel.forward(q, *block, route.ids(ids, size - 1)))
   return result[0].astype(q.dtype), result[1]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def ring(q: Queries, k: Keys, v: Keys, ids: Int[Array, "b l"] | None, axis: str, kernel: Kernel) -> Queries:
-  """Exact attention over all tokens of a mesh axis; call inside shard_map.
+def ring(q: Queries, k: Keys, v: Keys, ids: AllIds, route: Route, kernel: Kernel) -> Queries:
+  """Exact attention over all tokens of a ring of devices; call inside shard_map.
 
-  q, k, v: this device's share. ids: tokens attend to tokens of equal id, negative ids to nothing and by nothing;
-  None: everything attends to everything. Logits are scaled by 1/sqrt(k). Returns q's dtype.
+  q, k, v: this device's share. ids: of the tokens of all shares, whole on every device, since they weigh little;
+  tokens attend to tokens of equal id, negative ids to nothing and by nothing; None: everything attends to everything.
+  Logits are scaled by 1/sqrt(k). Returns q's dtype.
   """
-  return _forward(q, k, v, ids, axis, kernel)[0]
+  return _forward(q, k, v, ids, route, kernel)[0]
 
 
-def _ring_forward(q, k, v, ids, axis, kernel):
-  o, lse = (checkpoint_name(x, SAVED) for x in _forward(q, k, v, ids, axis, kernel))
+def _ring_forward(q, k, v, ids, route, kernel):
+  o, lse = (checkpoint_name(x, SAVED) for x in _forward(q, k, v, ids, route, kernel))
   return o, (q, k, v, ids, o, lse)
 
 
-def _ring_backward(axis, kernel, saved, do):
+def _ring_backward(route, kernel, saved, do):
   q, k, v, ids, o, lse = saved
-  size = lax.axis_size(axis)
+  size = route.size()
   delta = jnp.einsum("blak,blak->bal", o.astype(jnp.float32), do.astype(jnp.float32))
 
-  def gradients(block):
-    dq, dk, dv = kernel.backward(q, block[0], block[1], _pair(ids, block[2]), lse, delta, do)
+  def gradients(block, turn):
+    dq, dk, dv = kernel.backward(q, *block, route.ids(ids, turn), lse, delta, do)
     return dq, (dk, dv)
 
-  def turn(carry, _):
+  def step(carry, turn):
     dq, block, travelling = carry
-    arriving, travelling = _send(block, axis), _send(travelling, axis)
-    dq_part, part = gradients(block)
+    arriving, travelling = route.send(block), route.send(travelling)
+    dq_part, part = gradients(block, turn)
     return (dq + dq_part, arriving, jax.tree.map(jnp.add, travelling, part)), None
 
-  arriving = _send((k, v, ids), axis) if size > 1 else None
-  dq, travelling = gradients((k, v, ids))
+  arriving = route.send((k, v)) if size > 1 else None
+  dq, travelling = gradients((k, v), 0)
   if size > 1:
-    (dq, block, travelling), _ = lax.scan(turn, (dq, arriving, travelling), length=size - 2)
-    travelling = _send(travelling, axis)
-    dq_part, part = gradients(block)
-    dq, travelling = dq + dq_part, _send(jax.tree.map(jnp.add, travelling, part), axis)  # the last hop home
+    (dq, block, travelling), _ = lax.scan(step, (dq, arriving, travelling), jnp.arange(1, size - 1))
+    travelling = route.send(travelling)
+    dq_part, part = gradients(block, size - 1)
+    dq, travelling = dq + dq_part, route.send(jax.tree.map(jnp.add, travelling, part))  # the last hop home
   return dq.astype(q.dtype), travelling[0].astype(k.dtype), travelling[1].astype(v.dtype), None
 
 

@@ -1,0 +1,35 @@
+"""Ulysses attention: devices exchange heads for tokens, so that each has all tokens of a few heads.
+
+Between the exchanges any attention of one device works, also one that returns no log-sum-exp; or a ring, when there are
+more devices than heads divide by: then devices that stand together exchange, and rings join those that stand apart.
+Of u devices each sends (u - 1) / u of its share for each of q, k, v and o, forward, and as much backward.
+From: Jacobs et al. 2023, arXiv:2309.14509; with rings: Fang and Zhao 2024, arXiv:2405.07719.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+from einops import rearrange
+from jax import lax
+from jaxtyping import Array, Int
+
+from anisora_jax.parallel.ring import AllIds, Queries
+
+Inner = Callable[[Queries, Queries, Queries, Int[Array, "r b t"] | None], Queries]
+
+
+def ulysses(q: Queries, k: Queries, v: Queries, ids: AllIds, axis: str, together: int, inner: Inner) -> Queries:
+  """Attention of q, k, v, this device's share of the tokens, by `inner`; call inside shard_map.
+
+  ids: of the tokens of all devices of the axis, whole on each; None: everything attends to everything. together: how
+  many neighbours exchange; it divides the axis and the heads. inner: (q, k, v, ids) -> o, of all tokens of the
+  neighbours and of 1 / together of the heads; its ids are those of every group of neighbours, in their order.
+  """
+  groups = np.arange(lax.axis_size(axis)).reshape(-1, together).tolist()
+
+  def exchange(x, apart: int, joined: int):
+    return lax.all_to_all(x, axis, apart, joined, axis_index_groups=groups, tiled=True)
+
+  q, k, v = (exchange(x, 2, 1) for x in (q, k, v))
+  ids = None if ids is None else rearrange(ids, "(r u) b l -> r b (u l)", u=together)
+  return exchange(inner(q, k, v, ids), 1, 2)
