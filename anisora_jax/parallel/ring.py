@@ -4,8 +4,8 @@ Softmax over all keys is rebuilt from the partial results of the blocks (o_i, lo
   lse = log sum_i exp(lse_i),   o = sum_i exp(lse_i - lse) o_i.
 The backward pass sends the gradients of a block of keys along with the block, so that they come home after one round;
 queries never move. Transfers are issued before the block is worked on, so that they hide behind the arithmetic.
-A ring of r devices sends, a device, 2 (r - 1) blocks forward, and 2 (r - 1) with 2 r in f32 backward: keys and values
-are one block each. Both ways at once, half of every block each way, no link carries more than half of that.
+Of r devices each sends keys and values r - 1 times forward and r - 1 times backward, and their gradients r times, all in
+f32 but the last. Both ways at once, half of every block each way, no link carries more than half of that.
 From: Liu et al. 2023, arXiv:2310.01889; the partial softmax is Milakov and Gimelshein 2018, arXiv:1805.02867; both
 directions of a link are used by TokenRing, Wang et al. 2024, arXiv:2412.20501.
 """
@@ -154,8 +154,9 @@ def _ring_backward(route, kernel, saved, do):
     (dq, block, travelling), _ = lax.scan(step, (dq, arriving, travelling), jnp.arange(1, size - 1))
     travelling = route.send(travelling)
     dq_part, part = gradients(block, size - 1)
-    dq, travelling = dq + dq_part, route.send(jax.tree.map(jnp.add, travelling, part))  # the last hop home
-  return dq.astype(q.dtype), travelling[0].astype(k.dtype), travelling[1].astype(v.dtype), None
+    dq, travelling = dq + dq_part, jax.tree.map(jnp.add, travelling, part)
+  home = travelling[0].astype(k.dtype), travelling[1].astype(v.dtype)  # the sums are whole, and their last hop is short
+  return dq.astype(q.dtype), *(route.send(home) if size > 1 else home), None
 
 
 ring.defvjp(_ring_forward, _ring_backward)
