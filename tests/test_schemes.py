@@ -116,6 +116,17 @@ def test_every_scheme_is_one_softmax_and_has_its_collectives(pattern, seq, kerne
   assert overtaking(hlo) == []
 
 
+def inner(equation) -> list:
+  """The programs inside an operation."""
+  found = jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr"))
+  return [x for x in (getattr(x, "jaxpr", x) for x in found) if hasattr(x, "eqns")]
+
+
+def operations(equation) -> set[str]:
+  """Names, its own and of all inside."""
+  return {equation.primitive.name}.union(*(operations(x) for part in inner(equation) for x in part.eqns))
+
+
 def sends(jaxpr, times: int = 1) -> Counter:
   """{(from, to): bytes} of permutes, and {"exchanged": bytes a device sends}; of a traced program, loops multiplied."""
   found = Counter()
@@ -128,11 +139,8 @@ def sends(jaxpr, times: int = 1) -> Counter:
     elif name == "all_to_all":
       group = len(params["axis_index_groups"][0])
       found["exchanged"] += times * size * (group - 1) // group
-    inner = jax.tree.leaves(list(params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr"))
-    for part in inner:
-      part = getattr(part, "jaxpr", part)
-      if hasattr(part, "eqns"):
-        found.update(sends(part, times * params["length"] if name == "scan" else times))
+    for part in inner(equation):
+      found.update(sends(part, times * params["length"] if name == "scan" else times))
   return found
 
 
@@ -153,6 +161,34 @@ def test_what_is_sent_is_what_the_formulas_say(pattern, seq, dtype, ids):
   ring = 2 * share * (2 * (r - 1) * size + (r - 1) * 4 + size) if r > 1 else 0
   assert sum(found.values()) == seq * ring
   assert max(found.values(), default=0) == ring / ways(pattern, seq)
+
+
+def loops(jaxpr) -> list:
+  """The bodies of all loops in which something is sent."""
+  found = [part for x in jaxpr.eqns for part in inner(x) if x.primitive.name == "scan" and "ppermute" in operations(x)]
+  return found + [loop for x in jaxpr.eqns for part in inner(x) for loop in loops(part)]
+
+
+def waits(body, first: str, then: str) -> bool:
+  """Whether an operation `then` needs what one of `first` gives."""
+  known = set()
+  for equation in body.eqns:
+    late = any(id(x) in known for x in equation.invars)
+    if late and then in operations(equation):
+      return True
+    if late or first in operations(equation):
+      known.update(map(id, equation.outvars))
+  return False
+
+
+@pytest.mark.parametrize(("pattern", "seq"), [("ring", 4), ("ring_both", 4), ("hybrid", 8)])
+def test_transfers_can_hide_behind_the_products_of_a_turn(pattern, seq):
+  """In every turn of both loops, nothing that is sent needs a product, and no product what arrives."""
+  found = loops(traced(pattern, seq, HEADS[pattern], 4 * seq).jaxpr)
+  assert len(found) == 2
+  for body in found:
+    assert {"ppermute", "dot_general"} <= set().union(*map(operations, body.eqns))
+    assert not waits(body, "ppermute", "dot_general") and not waits(body, "dot_general", "ppermute")
 
 
 def test_a_scheme_that_has_no_room_is_the_simpler_one():

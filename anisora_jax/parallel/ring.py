@@ -4,8 +4,8 @@ Softmax over all keys is rebuilt from the partial results of the blocks (o_i, lo
   lse = log sum_i exp(lse_i),   o = sum_i exp(lse_i - lse) o_i.
 The backward pass sends the gradients of a block of keys along with the block, so that they come home after one round;
 queries never move. Transfers are issued before the block is worked on, so that they hide behind the arithmetic.
-Of r devices each sends keys and values r - 1 times forward and r - 1 times backward, and their gradients r times, all in
-f32 but the last. Both ways at once, half of every block each way, no link carries more than half of that.
+Of r devices each sends keys and values r - 1 times forward and r - 1 times backward, and their gradients r times, in
+f32 but for the last. Both ways at once, half of every block each way, no link carries more than half of that.
 From: Liu et al. 2023, arXiv:2310.01889; the partial softmax is Milakov and Gimelshein 2018, arXiv:1805.02867; both
 directions of a link are used by TokenRing, Wang et al. 2024, arXiv:2412.20501.
 """
