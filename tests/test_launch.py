@@ -128,7 +128,10 @@ for home in homes:
 VENV = """#!/bin/bash
 if [ "$1" = -m ] && [ "$2" = venv ]; then mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; exit; fi
 printf '%s\\n' "$*" >>"$HOME/called"
-case "$*" in *anisora_jax.train*) trap 'echo saved; exit 75' TERM; echo step; while sleep 0.05; do :; done;; esac
+case "$*" in *anisora_jax.train*) ;; *) exit;; esac
+trap 'echo saved; exit 75' TERM
+echo step
+for _ in {1..900}; do sleep 0.05; done
 """
 
 
