@@ -33,7 +33,7 @@ GRIDS = {16: (8, 8), 15: (6, 10), 9: (6, 6)}
 TOKENS = {1: 15, 2: 15, 4: 9, 8: 9}
 
 
-def dense_softmax(q, k, v, ids=None):
+def dense_softmax(q, k, v, ids=None, name=""):
   """softmax(q k / sqrt(width)) v with nothing clever."""
   logits = jnp.einsum("blak,bsak->bals", q, k) / np.sqrt(q.shape[-1])
   assert ids is None

@@ -23,6 +23,11 @@ from anisora_jax.parallel.ulysses import ulysses
 from anisora_jax.shapes import Heads, Segments
 
 
+# The name of what cross-attention gives, which no policy keeps: its few keys are soon worked again, and over the layers
+# of a long clip it is as large as what self-attention gives.
+TO_TEXT = "attention to text"
+
+
 def check(pattern: str, kernel: str, mesh: Mesh, heads: int, dtype: str, ids: bool = False,
           trains: bool = True) -> None:
   """Refuses, before anything is compiled, a pattern or kernel that cannot run here, and names the kernels that can.
@@ -102,7 +107,7 @@ def to_text(q: Heads, k: Float[Array, "b s a k"], v: Float[Array, "b s a k"], me
 
   def flat(q, k, v):
     k, v = (lax.pcast(x, "seq", to="varying") for x in (k, v))  # their gradients are summed over the shards
-    return local.attend(q.reshape(q.shape[0], -1, *q.shape[-2:]), k, v, None).reshape(q.shape)
+    return local.attend(q.reshape(q.shape[0], -1, *q.shape[-2:]), k, v, None, TO_TEXT).reshape(q.shape)
 
   heads, words = P(BATCH, None, "seq", "tensor", None), P(BATCH, None, "tensor", None)
   return jax.shard_map(flat, mesh=mesh, in_specs=(heads, words, words), out_specs=heads,

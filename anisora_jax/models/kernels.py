@@ -169,19 +169,22 @@ class Tiled:
 DENSE, BLOCKWISE = (Kernel(tiled.forward, tiled.backward) for tiled in (Tiled(whole), Tiled(even)))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def attend(kernel: Kernel, q: Queries, k: Keys, v: Keys, ids: Ids = None) -> Queries:
-  """Attention on one device that keeps only its output and log-sum-exp for the backward pass."""
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def attend(kernel: Kernel, name: str, q: Queries, k: Keys, v: Keys, ids: Ids = None) -> Queries:
+  """Attention on one device that keeps only its output and log-sum-exp for the backward pass.
+
+  name: by which rematerialisation policies find the two.
+  """
   return kernel.forward(q, k, v, ids)[0].astype(q.dtype)
 
 
-def _saving(kernel, q, k, v, ids):
+def _saving(kernel, name, q, k, v, ids):
   o, lse = kernel.forward(q, k, v, ids)
-  o, lse = (checkpoint_name(x, SAVED) for x in (o.astype(q.dtype), lse))
+  o, lse = (checkpoint_name(x, name) for x in (o.astype(q.dtype), lse))
   return o, (q, k, v, ids, o, lse)
 
 
-def _gradients(kernel, saved, do):
+def _gradients(kernel, name, saved, do):
   q, k, v, ids, o, lse = saved
   delta = jnp.einsum("blak,blak->bal", o.astype(jnp.float32), do.astype(jnp.float32))
   grads = kernel.backward(q, k, v, ids, lse, delta, do)
@@ -191,22 +194,26 @@ def _gradients(kernel, saved, do):
 attend.defvjp(_saving, _gradients)
 
 
-def cudnn(q: Queries, k: Keys, v: Keys, ids: Ids = None) -> Queries:
-  """NVIDIA's fused attention.
+def cudnn(q: Queries, k: Keys, v: Keys, ids: Ids = None, name: str = SAVED) -> Queries:
+  """NVIDIA's fused attention. name: as of `attend`.
 
   Not for a ring: what JAX makes public of it (0.10 and 0.11) rounds the log-sum-exp to the inputs' type, lets no
   gradient through it, and takes none from outside in the backward pass. A mask would be an array of all logits.
   """
   if ids is not None:
     raise BadInput("kernel 'cudnn' takes no segment ids or padding: choose tokens that divide, or kernel 'blockwise'.")
-  o = jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
-  return checkpoint_name(o, SAVED)
+  (b, l), s = q.shape[:2], k.shape[1]
+  q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
+  # JAX (0.10 and 0.11) trains on even lengths only, as 257 image tokens are not: it takes no bias for a bias.
+  tokens = None if s % 2 == 0 else jnp.full(b, s)
+  o = jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=tokens, implementation="cudnn")
+  return checkpoint_name(o[:, :l], name)
 
 
 class Local(NamedTuple):
   """A kernel and what it can do."""
 
-  attend: Callable[..., Array]      # (q, k, v, ids) -> o, all keys on one device
+  attend: Callable[..., Array]      # (q, k, v, ids, name = SAVED) -> o, all keys on one device
   block: Kernel | None = None       # one block of keys with its log-sum-exp, as a ring needs; None: it returns none
   ids: bool = True                  # takes segment ids, and so padding
   trains: bool = True               # has a backward pass
@@ -216,7 +223,7 @@ class Local(NamedTuple):
 
 
 def _from_blocks(block: Kernel, **limits) -> Local:
-  return Local(partial(attend, block), block, **limits)
+  return Local(lambda q, k, v, ids=None, name=SAVED: attend(block, name, q, k, v, ids), block, **limits)
 
 
 LOCAL = {  # name in configs -> kernel
