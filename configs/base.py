@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
     "weights": "",            # to start from: a file or folder of published weights, or a run; "" for random ones
     "expert": "",             # of two, as in Wan 2.2 A14B, which is trained: high_noise or low_noise
     "adapters": "",           # files folded into the weights first: "A", "A=0.8,B"; of one expert "low_noise:A=0.8"
-    "attention": "ring",      # full or ring; a ring over seq = 1 is full
+    "attention": "ring",      # over seq: ring, ring_both, ulysses, hybrid; full where seq = 1, as all are there
     "kernel": "dense",        # dense, or blockwise for long clips; splash on TPUs; cudnn on NVIDIA GPUs in bfloat16
     "remat": "attention",     # what a layer keeps for its backward pass: none, attention, matmuls, full
     "gate": 0.5,              # what gates start from when trained from scratch; 0 as Wan, which moves later

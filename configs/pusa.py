@@ -13,7 +13,7 @@ Given frames are sampled with a fifth of the noise of the others, so that they m
 frames alone, that is frame 0, or 1 + 4k frames of a film.
 From: Liu et al. 2025, arXiv:2507.16116: 900 steps of rank 512, guidance 3, 30 steps.
 
-Mesh: fsdp = 8 on 8 H200. Memory of a device: MEMORY
+Mesh: fsdp = 8 on 8 H200. Memory of a device, by --dry_run --target h200:8: lora of rank 512 68.6 GiB.
 Record: not yet measured.
 """
 

@@ -6,7 +6,9 @@
     --config.data.records=out/latents --workdir out/i2v
   python -m anisora_jax.sample --workdir out/i2v --first a.png --prompt "..." --out film
 
-Mesh: fsdp = 8 on 8 H200. Memory of a device: MEMORY
+Mesh: fsdp = 8 on 8 H200; on a slice of v5p fsdp = 16, seq = 4 with kernel splash. Memory of a device, by --dry_run
+--target h200:8: full 78.2 GiB, lora 43.1 GiB; v5p:4x4x4 at 16 clips, before cross-attention was worked twice: full
+38.2 GiB, lora 20.1 GiB.
 Record: not yet measured.
 """
 

@@ -11,7 +11,7 @@ The high-noise expert learns noise times from 0.9 up, the low-noise one those be
 expert samples beside the other as published; of two expert runs, hand one over by convert --format lora_comfyui, and
 add it with --adapters low_noise:FILE.
 
-Mesh: fsdp = 8 on 8 H200. Memory of a device: MEMORY
+Mesh: fsdp = 8 on 8 H200. Memory of a device, by --dry_run --target h200:8: high 73.6 GiB, high_lora 42.0 GiB.
 Record: not yet measured.
 """
 

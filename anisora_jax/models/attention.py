@@ -22,7 +22,6 @@ from anisora_jax.parallel.ring import AllIds, Route, ring
 from anisora_jax.parallel.ulysses import ulysses
 from anisora_jax.shapes import Heads, Segments
 
-
 # The name of what cross-attention gives, which no policy keeps: its few keys are soon worked again, and over the layers
 # of a long clip it is as large as what self-attention gives.
 TO_TEXT = "attention to text"
