@@ -59,10 +59,11 @@ class Parts:
   def work(self, bucket: Bucket) -> tuple[int, float]:
     """(tokens, model FLOPs) of one training step. Nothing counts twice.
 
-    The backward pass counts twice the forward, and once where the large kernels are not trained.
+    The backward pass counts twice the forward; beside adapters, products with frozen kernels count once.
     """
-    (f, n), passes = self.frame_tokens(bucket), 2 if self.lora else 3
-    return bucket.batch * f * n, passes * bucket.batch * self.size.forward_flops(f, n, self.image_tokens)
+    f, n = self.frame_tokens(bucket)
+    one, attention = (count(f, n, self.image_tokens) for count in (self.size.forward_flops, self.size.attention_flops))
+    return bucket.batch * f * n, bucket.batch * (2 * one + attention if self.lora else 3 * one)
 
 
 def velocity(network: WanDiT, scale: float, params: PyTree, x, t, condition, text):

@@ -57,10 +57,16 @@ class Size:
   def forward_flops(self, frames: int, frame_tokens: int, image_tokens: int = 0) -> float:
     """Multiply-adds x 2 of one forward pass over one clip: matrix products of tokens and attention, nothing else."""
     d, tokens = self.width, frames * frame_tokens
-    per_token = 2 * (6 * d * d + 2 * d * self.mlp) + 4 * d * (tokens + self.text_tokens + image_tokens)
+    per_token = 2 * (6 * d * d + 2 * d * self.mlp)
     rim = 2 * d * self.patch**2 * (2 * self.channels + self.given)
     text = self.layers * 4 * d * d * (self.text_tokens + image_tokens)
-    return float(tokens * (self.layers * per_token + rim) + text)
+    attention = self.attention_flops(frames, frame_tokens, image_tokens)
+    return float(tokens * (self.layers * per_token + rim) + text) + attention
+
+  def attention_flops(self, frames: int, frame_tokens: int, image_tokens: int = 0) -> float:
+    """Those of them that have no weights: logits, and the sums of values."""
+    tokens = frames * frame_tokens
+    return 4.0 * self.layers * self.width * tokens * (tokens + self.text_tokens + image_tokens)
 
 
 SIZES = {
