@@ -49,6 +49,7 @@ HELD_OUT = flags.DEFINE_integer("held_out", 0, "Remake so many held-out clips in
 TASKS = flags.DEFINE_list("tasks", ["first", "first_last", "keyframes", "continuation", "character"],
                           "Tasks of the held-out clips.")
 SHOW = flags.DEFINE_integer("show", 2, "Held-out clips of each task that become films.", lower_bound=0)
+ADAPTERS = flags.DEFINE_string("adapters", "", "Adapter files to add: FILE, FILE=0.8, low_noise:FILE, with commas.")
 SETTINGS = {  # field of the config -> flag
   "sample.solver": flags.DEFINE_string("solver", None, "euler, heun or unipc; by default as in the run's config."),
   "sample.steps": flags.DEFINE_integer("steps", None, "Sampling steps.", lower_bound=1),
@@ -60,7 +61,6 @@ SETTINGS = {  # field of the config -> flag
   "sample.multiplier": flags.DEFINE_float("multiplier", None, "Noise left on given frames, 0 .. 1; 0 keeps them exact.",
                                           lower_bound=0, upper_bound=1),
   "sample.area": flags.DEFINE_integer("area", None, "Pixels of a film in its first picture's shape.", lower_bound=0),
-  "model.adapters": flags.DEFINE_string("adapters", None, "Adapter files to add: FILE, FILE=0.8, low_noise:FILE."),
   "pretrained": flags.DEFINE_string("pretrained", None, "Folder of a Wan, AniSora or diffusers download."),
   "data.records": flags.DEFINE_string("records", None, "Clips for --held_out, of a run that was trained on latents."),
 }
@@ -76,9 +76,9 @@ def main() -> None:
   if changes["data.records"]:
     changes["data.encoded"] = False
   if entry.CONFIG.value is None or WORKDIR.value:
-    made = studio.open_run(Path(entry.needed("workdir", "out/run")), changes)
+    made = studio.open_run(Path(entry.needed("workdir", "out/run")), changes, ADAPTERS.value)
   else:
-    made = studio.open_weights(entry.config(), changes)
+    made = studio.open_weights(entry.config(), changes, ADAPTERS.value)
   if HELD_OUT.value:
     sample.gallery(made, Path(WORKDIR.value or OUT.value), TASKS.value, HELD_OUT.value, SHOW.value)
     return

@@ -26,6 +26,7 @@ def recipe(size: str, mode: str, bucket: str, codec: str = "wan21") -> ConfigDic
   config.model.size = size
   config.model.dtype = "bfloat16"
   config.model.kernel = "cudnn"
+  config.model.attention = "hybrid"  # where sampling splits tokens over GPUs: a ring would need another kernel
   config.model.gate = 0.0
   config.codec.name = codec
   config.text.name = "umt5_xxl"

@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer
 
 from anisora_jax.errors import BadInput
-from anisora_jax.experiment import sample, studio, train
+from anisora_jax.experiment import origin, sample, studio, train
 from anisora_jax.sampling.request import Request, lay_out
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,9 +61,9 @@ SETTINGS = {"sample__solver": "unipc", "sample__steps": 8, "sample__shift": 5.0,
             "sample__guidance_low": 2.5, "sample__negative": "the old cat"}
 
 
-def opened(download, changes=(), count=1, **settings) -> studio.Studio:
+def opened(download, changes=(), count=1, adapters="", **settings) -> studio.Studio:
   made = published.config("tiny_wan", Path(), download[0], **{**SETTINGS, **settings})
-  return studio.open_weights(made, dict(changes), count)
+  return studio.open_weights(made, dict(changes), adapters, count)
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,7 @@ def adapter(path: Path, download) -> Path:
 def test_adapters_of_a_file_are_added_to_the_expert_they_are_for(download, tmp_path, count):
   file = adapter(tmp_path / "style.safetensors", download)
   tensors = load_file(file)
-  made = opened(download, {"model.adapters": f"low_noise:{file}=0.5"}, count)
+  made = opened(download, count=count, adapters=f"low_noise:{file}=0.5")
   for number, name in enumerate(("transformer", "transformer_2")):
     params, state = jax.tree.map(np.asarray, made.rack.get(number)), download[1][name].state_dict()
     for ours, layer, theirs in (("self_attention/q", 0, "blocks.0.attn1.to_q"), ("mlp/down", 1, "blocks.1.ffn.net.2"),
@@ -171,6 +171,11 @@ def test_a_tuned_expert_samples_beside_the_other_as_published(download, tmp_path
     weight = download[1][name].state_dict()["blocks.1.ffn.net.0.proj.weight"].numpy().T
     assert np.array_equal(up[number][1], weight) == (number == 1)
     assert np.abs(up[number][1] - weight).max() < 0.01  # two small steps
+  more = studio.open_run(tmp_path / "run", {}, str(adapter(tmp_path / "more.safetensors", download)))
+  down = [np.asarray(of.rack.get(0)["blocks"]["mlp"]["down"]["kernel"]) for of in (tuned, more)]
+  assert np.abs(down[0][1] - down[1][1]).max() > 0.1 and np.array_equal(down[0][0], down[1][0])  # of layer 1 alone
+  with pytest.raises(BadInput, match="for one of two experts and there is one network: leave out low_noise:"):
+    origin.adapters_of("low_noise:a.safetensors", "")
   scores = sample.gallery(tuned, tmp_path / "run", ["first"], count=1, show=1, say=lambda line: None)
   assert np.isfinite(scores[0].model)
   config.model.expert = ""
@@ -208,6 +213,8 @@ def test_a_network_without_a_mask_is_given_whole_latent_frames_or_refuses(tokens
   assert apart(one[:, :1], np.asarray(made.codec.encode(jnp.asarray(pixels)))) < 1e-5 < apart(text, one)
   with pytest.raises(BadInput, match=r"noise time alone, and of frames 5 \.\. 8 only a part is given: give all of"):
     latents(Request(*size, first=str(still), last=str(still)))
+  made.config.sample.multiplier = 0.2
+  assert apart(latents(Request(*size, first=str(still)))[:, :1], one[:, :1]) > 1e-3  # it is not put back in the end
   made.config.sample.multiplier = 1.0
   with pytest.raises(BadInput, match=r"of frame 0 only a part is given with sample\.multiplier = 1"):
     latents(Request(*size, first=str(still)))
@@ -215,7 +222,7 @@ def test_a_network_without_a_mask_is_given_whole_latent_frames_or_refuses(tokens
 
 WRONG = {  # what is changed -> what is said
   "no weights at all": ({"pretrained": ""}, "no weights to sample from"),
-  "an adapter that is not there": ({"model.adapters": "none.safetensors"}, "names none.safetensors, which does not"),
+  "an adapter that is not there": ({"model.adapters": "none.safetensors"}, "none.safetensors do not exist"),
   "an adapter that counts a word": ({"model.adapters": "a.safetensors=much"}, "write FILE=0.8"),
   "an unknown solver": ({"sample.solver": "eulr"}, "did you mean 'euler'"),
   "a boundary beyond time": ({"sample.boundary": 1.5}, "noise time in [0, 1]"),

@@ -109,9 +109,8 @@ def _tuned(run: Path, ema: bool, dtype: np.dtype | None) -> dict[str, Source]:
   size, expert = pick(SIZES, config.model.size, "model size"), config.model.expert
   try:
     made = base_of(Path(config.model.weights or config.pretrained), size, expert, dtype=dtype)
-    for adapter in origin.adapters_of(config):  # what its base was given before it was tuned
-      if adapter.expert in ("", expert):
-        made = made.with_adapters(flatten_dict(adapter.read(size), sep="/"), adapter.scale, dtype)
+    for adapter in origin.adapters_of(config.model.adapters, expert):  # what its base was given before it was tuned
+      made = made.with_adapters(flatten_dict(adapter.read(size), sep="/"), adapter.scale, dtype)
   except BadInput as mistake:
     raise BadInput(f"{run} holds adapters, and of the weights beside which they were trained: {mistake}") from None
   _, lora, found = adapters.of_run(run, config, ema)

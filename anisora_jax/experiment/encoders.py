@@ -29,7 +29,6 @@ from anisora_jax.models.words import Words
 from anisora_jax.parallel import placement
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
-TEXTS = {"words": None, **TEXT_SIZES}  # name in configs -> size; words have no weights
 PLACES = {  # field of a config -> where Wan's own downloads keep it, then where diffusers' do
   "codec.weights": ("Wan2.1_VAE.pth", "Wan2.2_VAE.pth", "vae"),
   "text.weights": ("models_t5_umt5-xxl-enc-bf16.pth", "text_encoder"),
@@ -85,7 +84,7 @@ def abstract_codec(config: ConfigDict, mesh: Mesh, parts: Sequence[str]) -> Code
 def captions(config: ConfigDict, mesh: Mesh, size: Size) -> Captions:
   """Captions -> text tokens, float32, by the text encoder that the config names, its weights read onto the mesh."""
   settings = config.text
-  encoder = pick({**TEXTS, **TEXT_SIZES}, settings.name, "text encoder")
+  encoder = pick({"words": None, **TEXT_SIZES}, settings.name, "text encoder")  # words have no weights
   if encoder is None:
     return Words(size.text_tokens, size.text_width)
   if encoder.width != size.text_width:

@@ -20,30 +20,35 @@ from anisora_jax.models.wan.sizes import Size
 
 @dataclass(frozen=True)
 class Adapter:
-  """A file of adapters, how much it counts, and for which of two experts ("" for any)."""
+  """A file of adapters, and how much it counts."""
 
   path: Path
   scale: float
-  expert: str
 
   def read(self, size: Size) -> PyTree:
     """The adapters as ours, float32, on the host. Raises BadInput."""
-    if not self.path.exists():
-      raise BadInput(f"model.adapters names {self.path}, which does not exist: give a file of adapters.")
     return unflatten_dict(published.of_file(self.path, size)[1], sep="/")
 
 
-def adapters_of(config: ConfigDict) -> list[Adapter]:
-  """Reads model.adapters, "A", "A=0.8,B" or "low_noise:A=0.8". Raises BadInput."""
+def adapters_of(words: str, expert: str) -> list[Adapter]:
+  """Reads "A", "A=0.8,B" or "low_noise:A=0.8", as model.adapters has it; those for another expert are passed over.
+
+  expert: whose adapters are wanted, "" where there is one network. Raises BadInput.
+  """
   found = []
-  for word in filter(None, (word.strip() for word in config.model.adapters.split(","))):
-    expert, colon, rest = word.partition(":")
-    expert, rest = (expert, rest) if colon and expert in weights.EXPERTS else ("", word)
+  for word in filter(None, (word.strip() for word in words.split(","))):
+    of, colon, rest = word.partition(":")
+    of, rest = (of, rest) if colon and of in weights.EXPERTS else ("", word)
+    if of and not expert:
+      raise BadInput(f"adapters {word!r} are for one of two experts and there is one network: leave out {of}:.")
     path, equals, scale = rest.rpartition("=")
     try:
-      found.append(Adapter(Path(path or scale), float(scale) if equals else 1.0, expert))
+      made = Adapter(Path(path or scale), float(scale) if equals else 1.0)
     except ValueError:
       raise BadInput(f"adapters {word!r} count {scale!r} times, which is no number: write FILE=0.8.") from None
+    if not made.path.exists():
+      raise BadInput(f"adapters {made.path} do not exist: give a file of adapters.")
+    found += [made] if of in ("", expert) else []
   return found
 
 
@@ -55,10 +60,13 @@ def source_of(parts: Parts, config: ConfigDict, expert: str = "") -> weights.Sou
 
 def read(parts: Parts, config: ConfigDict, source: weights.Source, kept: bool, expert: str = "") -> PyTree:
   """Puts a source's weights onto the mesh and folds model.adapters into them. kept: as of `abstract_params`."""
-  params = weights.read(source, abstract_params(parts, kept))
-  for adapter in adapters_of(config):
-    if adapter.expert in ("", expert):
-      params = folded(params, adapter.read(parts.size), adapter.scale)
+  return with_adapters(weights.read(source, abstract_params(parts, kept)), parts, config.model.adapters, expert)
+
+
+def with_adapters(params: PyTree, parts: Parts, words: str, expert: str) -> PyTree:
+  """Parameters into which files of adapters are folded. words, expert: as of `adapters_of`."""
+  for adapter in adapters_of(words, expert):
+    params = folded(params, adapter.read(parts.size), adapter.scale)
   return params
 
 

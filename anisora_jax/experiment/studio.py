@@ -153,7 +153,9 @@ class Studio:
       noise = jax.random.normal(keys.key(self.config.seed, number, "sample"), given.known.shape)
     x = sampler.begin(plan, noise, given.known)
     x = self._walk(plan, x, (given, text, negative))
-    return jnp.where(given.held, given.known, x)
+    # Frames that were given with some noise are free to change.
+    held = given.held & ~(frozen & (settings.multiplier > 0))[:, None, None, None]
+    return jnp.where(held, given.known, x)
 
   def _refuse_unseen(self, frames: Bool[np.ndarray, "f"]) -> None:
     """Raises BadInput for latent frames of which something is given that the network could not see."""
@@ -216,10 +218,11 @@ def changed(config: ConfigDict, changes: Mapping[str, object]) -> ConfigDict:
   return config
 
 
-def open_run(folder: Path, changes: Mapping[str, object], count: int | None = None) -> Studio:
-  """The run in a folder, its averaged parameters, onto today's devices. changes: as of `changed`.
+def open_run(folder: Path, changes: Mapping[str, object], adapters: str = "", count: int | None = None) -> Studio:
+  """The run in a folder, its averaged parameters, onto today's devices.
 
-  A run that tuned one of two experts is joined by the other from the weights that it started from. Raises BadInput.
+  changes: as of `changed`. adapters: as model.adapters, to be added to what the run made. A run that tuned one of two
+  experts is joined by the other from the weights that it started from. Raises BadInput.
   """
   config = changed(saved_config(folder), changes)
   parts = _of(config, count)
@@ -227,36 +230,42 @@ def open_run(folder: Path, changes: Mapping[str, object], count: int | None = No
   if not checkpoints.steps():
     raise BadInput(f"{folder} holds no finished checkpoint: train it first, with train --workdir {folder}.")
   tuned = config.model.expert
+  origin.adapters_of(adapters, tuned)  # refused now, not after the captions are encoded
 
   def read() -> PyTree:
     wanted = abstract_trained(parts) if parts.lora else abstract_params(parts, kept=True)
     with checkpoints:
       _, now, _ = checkpoints.restore(state.TrainState(step=..., params=..., ema=wanted, opt=...))
-    if not parts.lora:
-      return now.ema
-    start = origin.read(parts, config, origin.source_of(parts, config, tuned), True, tuned)
-    return origin.folded(start, now.ema, parts.lora.scale)
+    made = now.ema
+    if parts.lora:
+      start = origin.read(parts, config, origin.source_of(parts, config, tuned), True, tuned)
+      made = origin.folded(start, made, parts.lora.scale)
+    return origin.with_adapters(made, parts, adapters, tuned)
 
   readers = [read]
   if config.sample.boundary:
     if tuned not in weights.EXPERTS:
       raise BadInput(f"{folder} trained one network and sample.boundary is {config.sample.boundary:g}, for two "
                      "experts: set it to 0.")
-    readers = [read if name == tuned else partial(_read, parts, config, name) for name in weights.EXPERTS]
+    readers = [read if name == tuned else partial(_read, parts, config, adapters, name) for name in weights.EXPERTS]
   return Studio(config, parts, Rack(readers), f"{checkpoints.steps()[-1]} steps")
 
 
-def _read(parts: Parts, config: ConfigDict, expert: str) -> PyTree:
-  return origin.read(parts, config, origin.source_of(parts, config, expert), True, expert)
+def _read(parts: Parts, config: ConfigDict, adapters: str, expert: str) -> PyTree:
+  made = origin.read(parts, config, origin.source_of(parts, config, expert), True, expert)
+  return origin.with_adapters(made, parts, adapters, expert)
 
 
-def open_weights(config: ConfigDict, changes: Mapping[str, object], count: int | None = None) -> Studio:
-  """Published weights as they are. changes: as of `changed`. Raises BadInput."""
+def open_weights(config: ConfigDict, changes: Mapping[str, object], adapters: str = "",
+                 count: int | None = None) -> Studio:
+  """Published weights as they are. changes, adapters: as of `open_run`. Raises BadInput."""
   config = changed(config, {**changes, "lora.rank": 0})
   parts = _of(config, count)
   experts = weights.EXPERTS if config.sample.boundary else [config.model.expert]
-  for expert in experts:  # refused now, not after the first film's first half
+  for expert in experts:  # refused now, not when a film is half made
     if origin.source_of(parts, config, expert) is None:
       raise BadInput("no weights to sample from: give --workdir of a run, or --config.pretrained=FOLDER or "
                      "--config.model.weights=PATH.")
-  return Studio(config, parts, Rack([partial(_read, parts, config, expert) for expert in experts]), "as published")
+    origin.adapters_of(adapters, expert)
+  readers = [partial(_read, parts, config, adapters, expert) for expert in experts]
+  return Studio(config, parts, Rack(readers), "as published")
