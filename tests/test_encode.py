@@ -14,14 +14,13 @@ from unittest.mock import patch
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pack
 import published
 import pytest
 import test_encoders
 import test_vae
-import toons
 import torch
 from compare import apart
+from drawn import packed
 from quick import QUICK
 
 from anisora_jax import errors, keys
@@ -41,8 +40,6 @@ ROOT = Path(__file__).resolve().parents[1]
 SEEING = replace(published.SIZE, image_width=published.IMAGE.width)
 SIZES = {"tiny_wan": published.SIZE, "tiny_wan_i2v": SEEING}
 HALF = 2e-3  # float16 keeps 11 bits
-SETTINGS = pack.Settings(clip_seconds=1.7, height=0, width=0, held_out=0.34, threshold=27.0, crf=15, source="drawn",
-                         licence="CC0", shard_megabytes=16.0)
 tokens = test_encoders.folder  # a fixture: the tokenizer
 
 
@@ -54,11 +51,7 @@ def _tables():
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory) -> Path:
-  films, out = tmp_path_factory.mktemp("films"), tmp_path_factory.mktemp("packed") / "records"
-  for seed in range(3):
-    toons.write_film(films, f"film-{seed}", toons.draw_film(seed, seconds=6, height=32, width=48, fps=12))
-  pack.main(SETTINGS, films, out, workers=1)
-  return out
+  return packed(tmp_path_factory.mktemp("drawn"), clip_seconds=1.7)
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pack
 import pytest
-import toons
 from diffusers import WanTransformer3DModel
+from drawn import packed
 from ml_collections import ConfigDict
 from overtake import overtaking
 from peft import PeftModel
@@ -34,19 +33,13 @@ from anisora_jax.training import optimizer
 from configs import base, tiny
 
 ROOT = Path(__file__).resolve().parents[1]
-SETTINGS = pack.Settings(clip_seconds=1.0, height=0, width=0, held_out=0.34, threshold=27.0, crf=15, source="",
-                         licence="unknown", shard_megabytes=16.0)
 MESH = ("--cpu_devices=8", "--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.seq=2")
 
 
 @pytest.fixture(scope="session")
 def records(tmp_path_factory) -> Path:
   """Three small films, packed; one of them held out."""
-  films, out = tmp_path_factory.mktemp("films"), tmp_path_factory.mktemp("packed") / "records"
-  for seed in range(3):
-    toons.write_film(films, f"film-{seed}", toons.draw_film(seed, seconds=6, height=32, width=48, fps=12))
-  pack.main(SETTINGS, films, out, workers=1)
-  return out
+  return packed(tmp_path_factory.mktemp("drawn"))
 
 
 @pytest.fixture(scope="session")

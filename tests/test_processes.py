@@ -9,19 +9,16 @@ import sys
 import time
 from pathlib import Path
 
-import pack
 import pytest
-import toons
 from absl import flags
 from absl.testing import flagsaver
+from drawn import packed
 
 from anisora_jax import entry
 from anisora_jax.errors import BadInput
 from anisora_jax.parallel import processes
 
 ROOT = Path(__file__).resolve().parents[1]
-SETTINGS = pack.Settings(clip_seconds=1.0, height=0, width=0, held_out=0.34, threshold=27.0, crf=15, source="",
-                         licence="unknown", shard_megabytes=16.0)
 STEPS, STOPPED = 8, 75
 TRAIN = ("train", "--config=configs/tiny.py", "--config.data.buckets=5x16x24@8", f"--config.train.steps={STEPS}",
          "--config.train.report=1", "--config.train.checkpoint=0", "--config.train.held_out=0",
@@ -32,11 +29,7 @@ ENCODE = ("encode", "--config=configs/tiny.py", "--config.data.buckets=5x16x24@8
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory) -> Path:
-  films, out = tmp_path_factory.mktemp("films"), tmp_path_factory.mktemp("packed") / "records"
-  for seed in range(3):
-    toons.write_film(films, f"film-{seed}", toons.draw_film(seed, seconds=6, height=32, width=48, fps=12))
-  pack.main(SETTINGS, films, out, workers=1)
-  return out
+  return packed(tmp_path_factory.mktemp("drawn"))
 
 
 @pytest.fixture(scope="module")

@@ -8,14 +8,13 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pack
 import published
 import pytest
 import test_encoders
 import test_vae
-import toons
 from compare import apart
 from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline
+from drawn import packed
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer
@@ -155,13 +154,8 @@ def test_adapters_of_a_file_are_added_to_the_expert_they_are_for(download, tmp_p
 
 
 def test_a_tuned_expert_samples_beside_the_other_as_published(download, tmp_path):
-  films, packed = tmp_path / "films", tmp_path / "records"
-  films.mkdir()
-  for seed in range(2):
-    toons.write_film(films, f"film-{seed}", toons.draw_film(seed, seconds=3, height=HEIGHT, width=WIDTH, fps=12))
-  pack.main(pack.Settings(clip_seconds=1.0, height=0, width=0, held_out=0.34, threshold=27.0, crf=15, source="",
-                          licence="", shard_megabytes=16.0), films, packed, workers=1)
-  config = published.config("tiny_wan", packed, download[0], model__expert="high_noise", times__low=0.9,
+  records = packed(tmp_path, count=2, seconds=3)
+  config = published.config("tiny_wan", records, download[0], model__expert="high_noise", times__low=0.9,
                             times__given=1.0, train__steps=2, train__held_out=0, optimizer__warmup=1,
                             **SETTINGS)
   train.train(config, tmp_path / "run", say=lambda line: None)

@@ -2,9 +2,7 @@
 
 import hashlib
 import json
-import math
 import sys
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -39,7 +37,6 @@ SETTINGS = "settings.json"
 PART = 32   # source records of one shard, which is what an interrupted run has to do again
 TEXTS = 8   # captions that are encoded at once
 EDGE = 2**20  # bytes at both ends of a weight file by which it is known again
-SEEN = 60.0  # seconds in which what one machine writes must be seen by the others
 
 
 def fingerprint(path: Path) -> str:
@@ -283,24 +280,9 @@ def begin(config: ConfigDict, out: Path, say: Callable[[str], None]) -> tuple[di
     unfinished = path.with_suffix(".partial")
     unfinished.write_text(json.dumps(settings, indent=2) + "\n")
     unfinished.replace(path)
-  elif not appeared([path], SEEN):
+  elif not processes.appeared([path], processes.SEEN):
     raise BadInput(f"{path}, which process 0 wrote, is not seen here: take a folder that all machines share.")
   return settings, False
-
-
-def appeared(paths: Iterable[Path], patience: float = math.inf) -> bool:
-  """Waits until other processes have written these files; False once `patience` seconds are over.
-
-  No barrier: those of the devices have time limits, and another process may have hours of clips more than this one.
-  It does not wait for the dead: when a process ends before its time, JAX ends the others.
-  """
-  end = time.monotonic() + patience
-  for path in paths:
-    while not path.exists():
-      if time.monotonic() > end:
-        return False
-      time.sleep(0.2)
-  return True
 
 
 def shapes_of(config: ConfigDict, bucket: Bucket) -> Shapes:
@@ -336,10 +318,10 @@ def encode(config: ConfigDict, out: Path, batch: int = 0, say: Callable[[str], N
     for job, part, numbers in left:
       write_part(config, tools, job, part, numbers, bar)
   if meshes.leads():
-    appeared(note_of(part) for _, part, _ in parts)
+    processes.appeared(note_of(part) for _, part, _ in parts)
     finish(settings, todo, shapes, tools, out, say)
   else:
-    appeared([out / latents.INDEX])  # or the end of this process would wait for the others, and not for long
+    processes.appeared([out / latents.INDEX])  # or the end of this process would wait for the others, and not for long
 
 
 def finish(settings: dict[str, Any], todo: Sequence[Job], shapes: dict[str, Shapes], tools: Encoders, out: Path,

@@ -132,7 +132,7 @@ def abstract_frozen(parts: Parts, config: ConfigDict) -> step.Frozen:
 def see_what_the_first_sees(folder: Path, newest: int) -> None:
   """Raises BadInput in a process that does not find the config and the newest checkpoint (0 for none) of process 0."""
   wanted = [folder / "config.json", *([folder / "checkpoints" / str(newest) / manifest.NAME] if newest else [])]
-  if not encode.appeared(wanted, encode.SEEN):
+  if not processes.appeared(wanted, processes.SEEN):
     raise BadInput(f"{wanted[-1]}, which process 0 has, is not seen here: take a folder that all machines share.")
 
 

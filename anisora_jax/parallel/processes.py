@@ -5,12 +5,15 @@ training/stop.py. A launcher that starts one process for each machine would have
 process for each. And what goes wrong while processes meet ends them in C++ with a page of stack, so we give up first.
 """
 
+import math
 import os
 import sys
 import threading
+import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -25,6 +28,7 @@ SLICE = ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES")     # set in the pods 
 DEVICES = "JAX_LOCAL_DEVICE_IDS"                              # a user's own choice for this process
 QUIET = 10.0   # seconds after which a process says that it waits
 PATIENCE = 300.0  # seconds after which it gives up; a cluster's machines do not start in the same minute
+SEEN = 60.0    # seconds in which what one machine writes must be seen by the others
 GRACE = 10.0   # seconds that a process which fails gives the others to fail alike
 
 
@@ -144,3 +148,18 @@ def gather(rows: np.ndarray) -> np.ndarray:
     return rows
   halves = np.ascontiguousarray(rows, np.int64).view(np.uint32)  # devices know no int64
   return multihost_utils.process_allgather(halves, tiled=True).view(np.int64)
+
+
+def appeared(paths: Iterable[Path], patience: float = math.inf) -> bool:
+  """Waits until other processes have written these files; False once `patience` seconds are over.
+
+  No barrier: those of the devices have time limits, and another process may have hours of clips more than this one.
+  It does not wait for the dead: when a process ends before its time, JAX ends the others.
+  """
+  end = time.monotonic() + patience
+  for path in paths:
+    while not path.exists():
+      if time.monotonic() > end:
+        return False
+      time.sleep(0.2)
+  return True

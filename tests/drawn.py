@@ -1,0 +1,17 @@
+"""Small drawn films, packed as records, for the tests of whole runs."""
+
+from pathlib import Path
+
+import pack
+import toons
+
+
+def packed(folder: Path, count: int = 3, seconds: float = 6, clip_seconds: float = 1.0) -> Path:
+  """Draws `count` films of 32 x 48 pixels into a folder and packs them; one or more are held out."""
+  films, out = folder / "films", folder / "records"
+  films.mkdir(parents=True)
+  for seed in range(count):
+    toons.write_film(films, f"film-{seed}", toons.draw_film(seed, seconds=seconds, height=32, width=48, fps=12))
+  pack.main(pack.Settings(clip_seconds=clip_seconds, height=0, width=0, held_out=0.34, threshold=27.0, crf=15,
+                          source="", licence="unknown", shard_megabytes=16.0), films, out, workers=1)
+  return out
