@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from anisora_jax.errors import BadInput, pick
 from anisora_jax.shapes import Times
@@ -40,6 +40,8 @@ def unshift_times(t: float, shift: float) -> float:
   return t / (t + shift * (1 - t))
 
 
+Length = int | Int[Array, ""]  # of a sample, in frames
+
 LAWS = {  # quantile u -> noise time, before the shift; and back
   "uniform": (lambda u: u, lambda t: t),
   "logit_normal": (lambda u: jax.nn.sigmoid(jax.scipy.special.ndtri(u)),
@@ -47,23 +49,24 @@ LAWS = {  # quantile u -> noise time, before the shift; and back
 }
 
 
-def _independent(key: Key[Array, ""], f: int, block: int) -> Float[Array, "f"]:
+def _independent(key: Key[Array, ""], f: int, block: int, length: Length) -> Float[Array, "f"]:
   return jax.random.uniform(key, (f,))
 
 
-def _blocks(key: Key[Array, ""], f: int, block: int) -> Float[Array, "f"]:
+def _blocks(key: Key[Array, ""], f: int, block: int, length: Length) -> Float[Array, "f"]:
   return jnp.repeat(jax.random.uniform(key, (-(-f // block),)), block)[:f]
 
 
-def _monotone(key: Key[Array, ""], f: int, block: int) -> Float[Array, "f"]:
-  return jnp.sort(jax.random.uniform(key, (f,)))
+def _monotone(key: Key[Array, ""], f: int, block: int, length: Length) -> Float[Array, "f"]:
+  drawn = jax.random.uniform(key, (f,))
+  return jnp.sort(jnp.where(jnp.arange(f) < length, drawn, 1.0))
 
 
-def _rolling(key: Key[Array, ""], f: int, block: int) -> Float[Array, "f"]:
-  return (jnp.arange(f) + jax.random.uniform(key)) / f
+def _rolling(key: Key[Array, ""], f: int, block: int, length: Length) -> Float[Array, "f"]:
+  return jnp.minimum((jnp.arange(f) + jax.random.uniform(key)) / length, 1.0)
 
 
-PATTERNS = {  # how the frames of one sample draw when they do not share a time
+PATTERNS = {  # how the frames of one sample draw when they do not share a time; those from `length` on do not matter
   "independent": _independent,
   "blocks": _blocks,      # groups of `block` frames share (SkyReels-V2)
   "monotone": _monotone,  # later frames noisier
@@ -102,16 +105,19 @@ class TimeDraw:
     if not 0 <= self.low < self.high <= 1:
       raise BadInput(f"noise times from {self.low} to {self.high}: take 0 <= low < high <= 1.")
 
-  def __call__(self, keys: Key[Array, "b"], f: int, step: Array | int) -> Times:
-    """One time a frame for each sample's key."""
+  def __call__(self, keys: Key[Array, "b"], f: int, step: Array | int, lengths: Int[Array, "b"] | None = None) -> Times:
+    """One time a frame for each sample's key.
+
+    lengths: frames of each sample, f by default; its times are those of a draw of so many, and what follows is noise.
+    """
     p = jnp.where(step >= self.late_from, self.late_per_frame, self.per_frame)
 
-    def one(key: Key[Array, ""]) -> Float[Array, "f"]:
+    def one(key: Key[Array, ""], length: Length) -> Float[Array, "f"]:
       coin, together, apart = jax.random.split(key, 3)
       shared = jnp.broadcast_to(jax.random.uniform(together), (f,))
-      return jnp.where(jax.random.bernoulli(coin, p), PATTERNS[self.pattern](apart, f, self.block), shared)
+      return jnp.where(jax.random.bernoulli(coin, p), PATTERNS[self.pattern](apart, f, self.block, length), shared)
 
-    return self.at(jax.vmap(one)(keys))
+    return self.at(jax.vmap(one, (0, None if lengths is None else 0))(keys, f if lengths is None else lengths))
 
   def at(self, u: Float[Array, "*b"]) -> Float[Array, "*b"]:
     """The noise time at quantile u of the distribution of a single frame's time."""

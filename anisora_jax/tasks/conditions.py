@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange, reduce, repeat
 from flax import struct
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from anisora_jax.shapes import Frames, Latents, Mask, PixelMask
 
@@ -21,14 +21,16 @@ class Condition:
 
   mask: 1 = given. known: latents of the given pixels, hidden pixels mid-grey. held: cells given in every pixel frame
   they cover; they need no loss and come out of sampling as they went in. frozen: frames all of whose cells are held.
-  image: tokens of given pictures, by an image encoder, for transformers that read them.
+  image: tokens of given pictures, by an image encoder, for transformers that read them; of each clip of a row.
+  segment: where several clips share a row, the number of each frame's clip, -1 for none.
   """
 
   mask: Mask
   known: Latents
   held: Bool[Array, "b f h w 1"]
   frozen: Bool[Array, "b f"]
-  image: Float[Array, "b i y"] | None = None
+  image: Float[Array, "b i y"] | Float[Array, "b k i y"] | None = None
+  segment: Int[Array, "b f"] | None = None
 
   def channels(self) -> Float[Array, "b f h w g"]:
     """Mask, then known latents: the channels that follow the noisy latents into the transformer."""
@@ -40,8 +42,8 @@ class Condition:
 
 
 def pack(mask: Bool[Array, "b F h w"], stride: int) -> Mask:
-  """Pixel frames -> m channels of latent frames."""
-  mask = jnp.concatenate([mask[:, :1]] * (stride - 1) + [mask], axis=1)
+  """Pixel frames -> m channels of latent frames. Rows of several clips come with each one's frame 0 m times."""
+  mask = jnp.concatenate([mask[:, :1]] * (-mask.shape[1] % stride) + [mask], axis=1)
   return rearrange(mask, "b (f m) h w -> b f h w m", m=stride).astype(jnp.float32)
 
 
@@ -57,7 +59,7 @@ def cells_touched(character: Bool[Array, "b F H W"], size: int) -> PixelMask:
   return reduce(character, "b F (h p) (w q) -> b F h w", "max", p=size, q=size)
 
 
-def of_latents(mask: PixelMask, known: Latents, stride: int, image: Float[Array, "b i y"] | None = None) -> Condition:
+def of_latents(mask: PixelMask, known: Latents, stride: int, image: Array | None = None) -> Condition:
   """What is given under a mask, of which the latents are known already."""
   packed = pack(mask, stride)
   held = packed.min(-1, keepdims=True) > 0

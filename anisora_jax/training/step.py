@@ -1,7 +1,7 @@
 """The pure training step: state, batch -> state, measures. One compiled step serves all tasks.
 
 Everything random is drawn for each sample from (seed, step, purpose, number in the batch), so that a resumed run,
-another mesh and any split into micro-batches draw the same.
+another mesh and any split into micro-batches draw the same. A sample is a clip, several of which may share a row.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,6 +23,7 @@ from anisora_jax.models.codec import Codec
 from anisora_jax.shapes import Films, Frames, Latents, Scalar, Times
 from anisora_jax.tasks.conditions import Condition, cells_touched, condition, of_latents
 from anisora_jax.tasks.masks import Mixture
+from anisora_jax.training import packed
 from anisora_jax.training.state import TrainState
 
 Batch = Mapping[str, Array]  # see `loaders.mixture` and, for stop, `training.loop`
@@ -78,15 +79,18 @@ def bind(method: Method, frozen: Frozen | None) -> Method:
 
 @struct.dataclass
 class Lesson:
-  """One noised batch: what the network gets and what it should say. share: of its sample's noise time, a frame's."""
+  """One noised batch: what the network gets and what it should say.
+
+  share: of its sample's noise time, a frame's. ok: 1 where a clip could be read, of each row or each frame.
+  """
 
   clean: Latents
   noise: Latents
   t: Times
   share: Times
   given: Condition
-  text: Float[Array, "b s e"]
-  ok: Float[Array, "b"]
+  text: Float[Array, "b s e"] | Float[Array, "b k s e"]
+  ok: Float[Array, "b _"]
 
 
 def unit(frames: Films) -> Frames:
@@ -103,29 +107,34 @@ def seen(method: Method, batch: Batch, stream: Callable[[str], Array],
   codec = method.codec
   if "latents" in batch:
     stored = {name: batch[name].astype(jnp.float32) for name in ("latents", "known", "image") if name in batch}
-    return stored["latents"], of_latents(batch["mask"], stored["known"], codec.temporal, stored.get("image"))
+    given = of_latents(batch["mask"], stored["known"], codec.temporal, stored.get("image"))
+    return stored["latents"], given.replace(segment=batch.get("segment"))
   frames = unit(batch["frames"])
   mask = method.tasks(stream("task"), cells_touched(batch["character"], codec.spatial), codec.temporal)
   mask = mask & kept[:, None, None, None]
   return codec.encode(frames), condition(frames, mask, codec.encode, codec.temporal)
 
 
-def lesson(method: Method, batch: Batch, step: Array | int, samples: Int[Array, "b"],
+def lesson(method: Method, batch: Batch, step: Array | int, samples: Int[Array, "*b"],
            key: Callable[[str], Array]) -> Lesson:
-  """Draws task, times and noise of each sample. key: of a purpose; samples: numbers in the whole batch."""
+  """Draws task, times and noise of each sample. key: of a purpose; samples: numbers in the whole batch, as "ok"."""
   def stream(purpose: str) -> Array:
-    return keys.per_sample(key(purpose), samples)
+    return keys.per_sample(key(purpose), samples.reshape(-1))
 
+  laid = packed.layout(batch)
   drop = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(stream("drop"))
   text = batch["text"].astype(jnp.float32)
-  text = jnp.where((drop[:, 1] >= method.drop_text)[:, None, None], text, method.blank)
+  text = jnp.where((drop[:, 1] >= method.drop_text).reshape(*samples.shape, 1, 1), text, method.blank)
   clean, given = seen(method, batch, stream, drop[:, 0] >= method.drop_condition)
   noise = jax.vmap(lambda key: jax.random.normal(key, clean.shape[1:]))(stream("noise"))
+  t = method.times(stream("time"), clean.shape[1], step, laid and laid.lengths)
+  if laid:
+    noise, t = laid.frames(noise), laid.frames(t)
+  ok = laid.clips(batch["ok"]) if laid else batch["ok"][:, None]
   share = jnp.where(given.frozen, method.given, 1.0)
-  t = share * method.times(stream("time"), clean.shape[1], step)
   if method.given:
     given = given.told_by_mask_alone()
-  return Lesson(clean=clean, noise=noise, t=t, share=share, given=given, text=text, ok=batch["ok"])
+  return Lesson(clean=clean, noise=noise, t=share * t, share=share, given=given, text=text, ok=ok)
 
 
 def errors(method: Method, params: PyTree, it: Lesson) -> tuple[Times, Bool[Array, "b f"]]:
@@ -133,7 +142,7 @@ def errors(method: Method, params: PyTree, it: Lesson) -> tuple[Times, Bool[Arra
   x = path.noisy(it.clean, it.noise, it.t)
   predicted = method.velocity(params, x, it.t, it.given, it.text)
   found = objective.frame_errors(predicted, path.velocity(it.clean, it.noise), ~it.given.held)
-  return found, ~it.given.frozen & (it.ok > 0)[:, None]
+  return found, ~it.given.frozen & (it.ok > 0)
 
 
 def sums(params: PyTree, method: Method, batch: Batch, step: Array, samples: Array) -> tuple[Scalar, Scalar]:
@@ -146,7 +155,7 @@ def sums(params: PyTree, method: Method, batch: Batch, step: Array, samples: Arr
 def gradients(method: Method, params: PyTree, batch: Batch, step: Array) -> tuple[PyTree, Scalar]:
   """Gradients and loss of a whole batch, worked through in micro-batches that cut across all devices."""
   parts = method.micro_batches
-  batch = {**batch, "samples": jnp.arange(batch["ok"].shape[0])}
+  batch = {**batch, "samples": jnp.arange(batch["ok"].size).reshape(batch["ok"].shape)}
   batch = {name: rearrange(x, "(b k) ... -> k b ...", k=parts) for name, x in batch.items()}
   slope = jax.value_and_grad(sums, has_aux=True)
 
@@ -208,7 +217,7 @@ def make_held_out(method: Method) -> Callable[..., Float[Array, "bins"]]:
   """
   def held_out(params: PyTree, batch: Batch, number: Array, frozen: Frozen | None = None) -> Float[Array, "bins"]:
     stream, bound = keys.key(method.seed, number, "heldout"), bind(method, frozen)
-    it = lesson(bound, batch, 0, jnp.arange(batch["ok"].shape[0]),
+    it = lesson(bound, batch, 0, jnp.arange(batch["ok"].size).reshape(batch["ok"].shape),
                 lambda purpose: jax.random.fold_in(stream, keys.PURPOSES[purpose]))
 
     def at(t: Scalar) -> Scalar:
