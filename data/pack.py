@@ -32,6 +32,7 @@ import command
 import cv2
 import numpy as np
 from absl import flags
+from curation import motion
 from scenedetect import ContentDetector, FrameTimecode
 from tqdm import tqdm
 
@@ -41,8 +42,6 @@ from anisora_jax.loaders import records, video
 SUFFIXES = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".ogv"}
 SEARCH_WIDTH = 160   # cuts are searched on small pictures
 SHORTEST_SHOT = .6   # seconds; shorter flashes belong to their neighbours
-FLOW_WIDTH = 128
-FLOW_PAIRS = 8
 
 
 @dataclass(frozen=True)
@@ -124,19 +123,6 @@ def clip_size(about: video.Facts, settings: Settings) -> video.Size:
   return video.Size(max(2, height // 2 * 2), max(2, width // 2 * 2))
 
 
-def motion(frames: video.Frames) -> float:
-  """Mean length of the optical flow (DIS, on small grey pictures) in widths of the picture per frame."""
-  if len(frames) < 2:
-    return 0.
-  size = video.Size(max(16, round(frames.shape[1] * FLOW_WIDTH / frames.shape[2])), FLOW_WIDTH)
-  flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
-  lengths = []
-  for first in np.unique(np.linspace(0, len(frames) - 2, FLOW_PAIRS).astype(int)):
-    pair = [cv2.cvtColor(video.fit(picture, size), cv2.COLOR_RGB2GRAY) for picture in frames[first:first + 2]]
-    lengths.append(np.linalg.norm(flow.calc(*pair, None), axis=-1).mean())
-  return round(float(np.mean(lengths)) / FLOW_WIDTH, 5)
-
-
 @dataclass(frozen=True)
 class Beside:
   """What the files beside a film say of it. shots: (start, end, caption); character: bool [frames, H, W]."""
@@ -189,7 +175,7 @@ def cut_film(folder: Path, film: str, settings: Settings) -> list[records.Clip]:
     clips.append(records.Clip(
       id=f"{film}/{span.start:06}", film=film, source=beside.source, licence=beside.licence,
       caption=beside.caption_of(span), fps=about.fps, frames=len(span), height=size.height, width=size.width,
-      motion=motion(clip), mp4=video.encode(clip, about.fps, settings.crf), character=character))
+      motion=motion.motion(clip), mp4=video.encode(clip, about.fps, settings.crf), character=character))
   return clips
 
 

@@ -186,13 +186,6 @@ def test_clips_carry_the_films_pixels_and_masks(drawn, packed):
     assert (character == masks[wanted]).all()
 
 
-def test_motion_is_the_shift_of_a_sliding_picture():
-  picture = cv2.GaussianBlur(np.random.default_rng(0).integers(0, 256, (96, 400, 3), dtype=np.uint8), (0, 0), 3)
-  sliding = np.stack([picture[:, 3 * k:3 * k + 192] for k in range(9)])
-  assert pack.motion(sliding) == pytest.approx(3 / 192, rel=.15)
-  assert pack.motion(np.repeat(sliding[:1], 4, 0)) < 1e-4
-
-
 def test_films_never_stand_in_both_splits_and_keep_their_split_when_others_come():
   clips = {f"film-{n}.mp4": 3 for n in range(40)}
   few, all_ = (pack.split_films(dict(list(clips.items())[:n]), .25) for n in (20, 40))
