@@ -145,11 +145,19 @@ def figure(exhibit: Exhibit, folder: Path) -> str:
   return "".join([*out, "</figure>"])
 
 
-def render(report: Report, folder: Path) -> str:
-  """The page as text, for a file in `folder`. All text is escaped and no script can run (Content-Security-Policy)."""
-  digest = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
+def document(title: str, parts: list[str], style: str = STYLE) -> str:
+  """A page of `parts`, which are HTML already; no script can run in it (Content-Security-Policy)."""
+  digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
   policy = (f"default-src 'none'; style-src 'sha256-{digest}'; img-src 'self' file:; media-src 'self' file:; "
             "base-uri 'none'; form-action 'none'")
+  return (f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
+          f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+          f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(title)}</title>'
+          f"<style>{style}</style></head><body>{''.join(parts)}</body></html>\n")
+
+
+def render(report: Report, folder: Path) -> str:
+  """The page as text, for a file in `folder`. All text is escaped."""
   facts = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(str(value))}</dd></div>"
                   for name, value in report.facts.items())
   parts = [f"<h1>{escape(report.title)}</h1>", f"<dl>{facts}</dl>" if facts else ""]
@@ -159,10 +167,7 @@ def render(report: Report, folder: Path) -> str:
     parts += ["<h2>Numbers</h2>", table(report.scores)]
   if report.exhibits:
     parts += ["<h2>Samples</h2>", *(figure(exhibit, folder) for exhibit in report.exhibits)]
-  return (f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
-          f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-          f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(report.title)}</title>'
-          f"<style>{STYLE}</style></head><body>{''.join(parts)}</body></html>\n")
+  return document(report.title, parts)
 
 
 def write_page(path: str | Path, report: Report) -> None:

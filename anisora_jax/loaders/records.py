@@ -166,13 +166,13 @@ def read(source: ArrayRecordDataSource, number: int) -> bytes:
 class Records:
   """The records of one split of a folder, by number: `records[i]` is a Clip.
 
-  seconds: how long every clip lasts. Raises BadInput where shards are missing or cut short, or the split is empty;
-  `records[i]` raises video.Unreadable where a record is damaged.
+  seconds: how long every clip lasts, None where they differ. Raises BadInput where shards are missing or cut short, or
+  the split is empty; `records[i]` raises video.Unreadable where a record is damaged.
   """
 
   def __init__(self, folder: Path, split: str):
     index = read_index(folder)
-    self.name, self.seconds = str(folder), float(index["clip_seconds"])
+    self.name, self.seconds = str(folder), None if index["clip_seconds"] is None else float(index["clip_seconds"])
     self._source, self._length = open_shards(folder, index["splits"][split], INDEX)
     if not self._length:
       raise BadInput(f"{folder} holds no {split!r} records: pack more or longer films, or a larger --held_out share.")

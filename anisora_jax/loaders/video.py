@@ -8,7 +8,7 @@ asking FFmpeg for full-size RGB, and it treats BT.601 and BT.709, studio and ful
 import io
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -206,6 +206,13 @@ def encode(film: Frames, fps: float, crf: int = 15) -> bytes:
   """An mp4 of H.264, yuv420p, BT.601: plays everywhere, decodes alone.
 
   crf: 0 lossless .. 51; 15 is visually clean. Height and width must be even, as yuv420p asks.
+  """
+  return encode_each(film, Size(*film.shape[1:3]), fps, crf)
+
+
+def encode_each(film: Iterable[np.ndarray], size: Size, fps: float, crf: int = 15) -> bytes:
+  """As `encode`, of frames that come one by one, so that a long clip need not lie in memory. size: theirs.
+
   The same frames give the same bytes: one thread, and no macroblock tree, whose assembly reads beyond the rows it was
   given, so that what lay in memory changed a few bits (seen at width 144; its use is in long shots anyway).
   """
@@ -213,7 +220,7 @@ def encode(film: Frames, fps: float, crf: int = 15) -> bytes:
   with av.open(out, "w", format="mp4") as container:
     stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001),
                                   options={"crf": str(crf), "preset": "veryfast", "x264-params": "mbtree=0"})
-    stream.height, stream.width, stream.pix_fmt = *film.shape[1:3], "yuv420p"
+    stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
     stream.codec_context.thread_count = 1
     stream.codec_context.colorspace, stream.codec_context.color_range = 6, 1
     for pixels in film:
