@@ -24,10 +24,10 @@ def spans(clip: Any, bucket: Bucket, fps: float) -> tuple[np.ndarray, int]:
 
 
 class Clips:
-  """The clips of a source as one bucket wants them. Raises BadInput for clips that are all too short."""
+  """The clips of `source` as one bucket wants them. Raises BadInput for clips that are all too short."""
 
   def __init__(self, source: Any, bucket: Bucket, fps: float):
-    self.name, self._source, self._bucket, self._fps = source.name, source, bucket, fps
+    self.name, self.source, self._bucket, self._fps = source.name, source, bucket, fps
     held = None if source.seconds is None else round(source.seconds * fps)
     if held is not None and held < bucket.frames:
       raise BadInput(f"bucket {bucket} asks for {bucket.frames} frames, but clips of {source.name} last "
@@ -35,14 +35,14 @@ class Clips:
                      f"--clip_seconds {math.ceil(bucket.frames / fps * 10) / 10:g} or more.")
 
   def __len__(self) -> int:
-    return len(self._source)
+    return len(self.source)
 
   def row(self, number: int, draw: np.random.Generator | None) -> dict[str, Any]:
     """Frames, character and caption of one clip. draw: of its first frame; None takes its first.
 
     Raises video.Unreadable.
     """
-    clip = self._source[number]
+    clip = self.source[number]
     span, spare = spans(clip, self._bucket, self._fps)
     first = 0 if draw is None else int(draw.integers(spare + 1))
     frames, character = clip.look(first + span, video.Size(self._bucket.height, self._bucket.width))

@@ -14,18 +14,17 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import grain
 import numpy as np
 
 from anisora_jax.errors import BadInput
+from anisora_jax.loaders import assign, latents, packing, records, rows, tfds
 from anisora_jax.loaders import buckets as bucket_sizes
-from anisora_jax.loaders import latents, records, tfds, video
 from anisora_jax.loaders.clips import Clips
 
 POSITION = "global_next_index"
-_TRIES = 8  # records in a row that may be unreadable before the source counts as broken
 
 
 @dataclass(frozen=True)
@@ -60,22 +59,8 @@ def open_source(path: str, split: str) -> records.Records | tfds.TfdsClips:
   return records.Records(Path(path).expanduser(), split)
 
 
-@runtime_checkable
-class Rows(Protocol):
-  """A source as one bucket takes it.
-
-  row: (number of a record, generator of what is drawn for it) -> arrays by name and "caption"; raises video.Unreadable.
-  """
-
-  name: str
-
-  def __len__(self) -> int: ...
-
-  def row(self, number: int, draw: np.random.Generator | None) -> dict[str, Any]: ...
-
-
 def serve(sources: Sequence[Source], split: str, buckets: Sequence[bucket_sizes.Bucket],
-          fps: float) -> list[list[Rows]]:
+          fps: float) -> list[list[rows.Source]]:
   """The sources as each bucket takes them. Raises BadInput, also where clips and latents are mixed."""
   folders = [Path(source.path).expanduser() for source in sources]
   encoded = [not source.path.startswith(tfds.PREFIX) and latents.is_encoded(folder)
@@ -89,38 +74,59 @@ def serve(sources: Sequence[Source], split: str, buckets: Sequence[bucket_sizes.
   return [[Clips(clips, bucket, fps) for clips in opened] for bucket in buckets]
 
 
-class _Order:
-  """Place in the order of one bucket -> (source, record), and whether the record counts."""
+def clipwise(sources: Sequence[Source], split: str, deal: assign.Deal, fps: float, seed: int) -> list[rows.Clipwise]:
+  """The rows of each bucket, a clip each. Raises BadInput."""
+  served, train = serve(sources, split, deal.buckets, fps), split == "train"
+  weights = [source.weight for source in sources] if train else None
+  taken = [[range(len(source)) for source in of_bucket] for of_bucket in served]
+  totals = [[len(source) for source in of_bucket] for of_bucket in served]
+  if deal.assign == "fit":
+    if isinstance(served[0][0], Clips):
+      best = [assign.fit(assign.sizes(clips.source, fps), deal.buckets) for clips in served[0]]
+      taken = [[np.flatnonzero(of_source == bucket) for of_source in best] for bucket in range(len(served))]
+    totals = [[sum(len(of_bucket[source]) for of_bucket in taken) for source in range(len(sources))]] * len(served)
+  made = []
+  for bucket, (of_bucket, numbers, lengths) in enumerate(zip(served, taken, totals, strict=True)):
+    found = rows.parts(numbers, lengths, weights)
+    if not found:
+      raise BadInput(f"bucket {deal.buckets[bucket]} is the best for no {split!r} record: leave it out.")
+    count = rows.a_pass(found, lengths, weights)
+    made.append(rows.Clipwise(of_bucket, found, count, (seed, bucket) if train else None))
+  return made
 
-  def __init__(self, lengths: Sequence[int], weights: Sequence[float] | None, seed: Sequence[int]):
-    """weights: None gives every record once, source after source, and then fills up with repeats that do not count."""
-    self._total, self._shuffled = sum(lengths), weights is not None
-    parts = []
-    for number, length in enumerate(lengths):
-      part = grain.MapDataset.range(length)
-      if self._shuffled:
-        # Grain's shuffle of epoch e uses seed + e, so neighbouring seeds would repeat each other's epochs: spread them.
-        spread = int(np.random.SeedSequence([*seed, number]).generate_state(1)[0])
-        part = part.shuffle(seed=spread).repeat()
-      parts.append(part.map(lambda record, number=number: (number, int(record))))
-    self._places = grain.MapDataset.mix(parts, weights) if self._shuffled else grain.MapDataset.concatenate(parts)
 
-  def __getitem__(self, place: int) -> tuple[int, int, bool]:
-    number, record = self._places[place if self._shuffled else place % self._total]
-    return number, record, self._shuffled or place < self._total
+def packed(sources: Sequence[Source], split: str, deal: assign.Deal, seed: int) -> list[packing.Packed]:
+  """The rows of each bucket, several encoded clips in each. Raises BadInput."""
+  folders = [Path(source.path).expanduser() for source in sources]
+  for source, folder in zip(sources, folders, strict=True):
+    if source.path.startswith(tfds.PREFIX) or not latents.is_encoded(folder):
+      raise BadInput(f"{source.path} holds clips, and only latents share rows, since a codec would mix clips: encode "
+                     "them, or take --config.data.packed=0.")
+  found = [{size: packing.opened(folders, split, size) for size in packing.sizes(folders, split, bucket)}
+           for bucket in deal.buckets]
+  if deal.assign == "fit":  # each size goes to the shortest rows that hold it
+    def least(size: bucket_sizes.Bucket) -> int:
+      return min((bucket.frames, number) for number, bucket in enumerate(deal.buckets) if size in found[number])[1]
+    found = [{size: clips for size, clips in of_bucket.items() if least(size) == number}
+             for number, of_bucket in enumerate(found)]
+  made = []
+  for number, (bucket, of_bucket) in enumerate(zip(deal.buckets, found, strict=True)):
+    if not of_bucket:
+      raise BadInput(f"bucket {bucket}: {', '.join(map(str, folders))} hold no {split!r} latents of {bucket.height}x"
+                     f"{bucket.width} and up to {bucket.frames} frames that no other bucket takes: leave it out.")
+    canvas = packing.Canvas(deal.canvas(bucket), deal.packed, deal.stride)
+    weights = [source.weight for source in sources] if split == "train" else None
+    made.append(packing.Packed(canvas, list(of_bucket.values()), weights, (seed, number)))
+  return made
 
 
 class _HostBatches:
   """Global batch number -> this host's rows of it. Grain reads it from several threads at once."""
 
-  def __init__(self, served: Sequence[Sequence[Rows]], buckets: Sequence[bucket_sizes.Bucket],
-               orders: Sequence[_Order], turns: Any, *, seed: int | None, shard: tuple[int, int]):
-    """served: the sources as each bucket takes them. turns: global batch number -> Turn.
-
-    seed: of what is drawn for each row; None draws nothing.
-    """
-    self._served, self._buckets, self._orders, self._turns = served, buckets, orders, turns
-    self._seed, self._shard = seed, shard
+  def __init__(self, buckets: Sequence[bucket_sizes.Bucket], of_buckets: Sequence[Any], turns: Any,
+               shard: tuple[int, int]):
+    """of_buckets: place -> (row, what could not be read), of each. turns: global batch number -> Turn."""
+    self._buckets, self._rows, self._turns, self._shard = buckets, of_buckets, turns, shard
 
   def __len__(self) -> int:
     return len(self._turns) if hasattr(self._turns, "__len__") else sys.maxsize
@@ -128,32 +134,14 @@ class _HostBatches:
   def __getitem__(self, batch: int) -> dict[str, Any]:
     turn = self._turns[int(batch)]
     bucket, (host, hosts) = self._buckets[turn.bucket], self._shard
-    rows = bucket.batch // hosts
-    out: dict[str, Any] = {"caption": [], "id": np.empty(rows, np.int64), "ok": np.empty(rows, np.float32), "bad": []}
-    for row in range(rows):
-      place = turn.number * bucket.batch + host * rows + row
-      source, record, counts = self._orders[turn.bucket][place]
-      made, bad = self._row(source, record, turn.bucket, place)
-      out["caption"].append(made.pop("caption"))
-      for name, array in made.items():
-        if row == 0:
-          out[name] = np.empty((rows, *array.shape), array.dtype)
-        out[name][row] = array
-      out["id"][row], out["ok"][row] = source * 2**32 + record, counts and not bad
-      out["bad"] += bad
-    return out
+    count, bad = bucket.batch // hosts, []
 
-  def _row(self, source: int, record: int, bucket: int, place: int) -> tuple[dict[str, Any], list]:
-    """One record, or the next readable one, and what could not be read."""
-    served, bad = self._served[bucket][source], []
-    for step in range(min(_TRIES, len(served))):
-      number = (record + step) % len(served)
-      try:
-        draw = None if self._seed is None else np.random.default_rng([self._seed, bucket, place])
-        return served.row(number, draw), bad
-      except video.Unreadable as error:
-        bad.append((f"{served.name} record {number}", str(error)))
-    raise BadInput(f"{len(bad)} records in a row cannot be used, the first is {bad[0][0]}: {bad[0][1]}")
+    def row(number: int) -> dict[str, Any]:
+      made, missed = self._rows[turn.bucket][turn.number * bucket.batch + host * count + number]
+      bad.extend(missed)
+      return made
+
+    return {**rows.stacked(map(row, range(count)), count), "bad": bad}
 
 
 class Batches(Iterator[dict[str, Any]]):
@@ -163,39 +151,40 @@ class Batches(Iterator[dict[str, Any]]):
   order, source after source, bucket after bucket, from its first frame; the last batch of a bucket is filled up with
   repeats whose "ok" is 0.
 
-  sources, buckets: as `parse` of this file and of buckets.py read them, or their text. fps: frames a second of what is
-  handed out. shard: (this host, number of hosts). threads: that decode, each a batch; 0 decodes when asked.
-  Raises BadInput.
+  sources, buckets: as `parse` of this file and of buckets.py read them, or their text; or how records are dealt to
+  buckets. fps: frames a second of what is handed out. shard: (this host, number of hosts). threads: that decode, each a
+  batch; 0 decodes when asked. Raises BadInput.
 
   A batch, rows b = the bucket's batch / hosts:
     of clips:   frames uint8 [b, F, H, W, 3], character bool [b, F, H, W] (the tracked one);
     of latents: latents, known float16 [b, f, h, w, c], mask bool [b, F, h, w], text [b, s, e], maybe image [b, i, y];
     of both:    caption list of b, id int64 [b] (source * 2**32 + record),
                 ok float32 [b] (0 where a record could not be read and another clip stands in: drop its loss)
+  Where up to k clips share a row: caption lists of lists; id, ok [b, k], text [b, k, s, e], image [b, k, i, y]; mask
+  [b, m f, h, w] with frame 0 of each clip m times, and segment int32 [b, f], as `training.packed` reads them. An id has
+  2**48 times the clip's latent frames added, and is -1 where there is no clip.
   """
 
-  def __init__(self, sources: str | Sequence[Source], buckets: str | Sequence[bucket_sizes.Bucket], *, fps: float | int,
-               split: str = "train", seed: int = 0, shard: tuple[int, int] = (0, 1), threads: int = 2):
+  def __init__(self, sources: str | Sequence[Source], buckets: str | Sequence[bucket_sizes.Bucket] | assign.Deal, *,
+               fps: float | int, split: str = "train", seed: int = 0, shard: tuple[int, int] = (0, 1),
+               threads: int = 2):
     sources = parse(sources) if isinstance(sources, str) else tuple(sources)
-    buckets = bucket_sizes.parse(buckets) if isinstance(buckets, str) else tuple(buckets)
-    fps = float(fps)
+    deal, fps = assign.Deal.of(buckets), float(fps)
     _check(split, fps, seed, shard, threads)
-    for bucket in buckets:
+    for bucket in deal.buckets:
       if bucket.batch % shard[1]:
         raise BadInput(f"bucket {bucket}: a batch of {bucket.batch} does not divide among {shard[1]} hosts; take a "
                        "multiple.")
-    served = serve(sources, split, buckets, fps)
-    train, lengths = split == "train", [[len(rows) for rows in of_bucket] for of_bucket in served]
-    weights = [source.weight for source in sources] if train else None
-    orders = [_Order(counts, weights, (seed, number)) for number, counts in enumerate(lengths)]
-    turns = bucket_sizes.Schedule(buckets, seed) if train else [
-      bucket_sizes.Turn(number, k) for number, bucket in enumerate(buckets)
-      for k in range(-(-sum(lengths[number]) // bucket.batch))]
-    rows = _HostBatches(served, buckets, orders, turns, seed=seed if train else None, shard=shard)
-    self.length = max(map(sum, lengths))
-    self.encoded = isinstance(served[0][0], latents.Latents)
+    made = packed(sources, split, deal, seed) if deal.packed else clipwise(sources, split, deal, fps, seed)
+    counts = [of_bucket.count for of_bucket in made]
+    turns = assign.turns(deal, counts, seed) if split == "train" else [
+      bucket_sizes.Turn(number, k) for number, bucket in enumerate(deal.buckets)
+      for k in range(rows.batches(counts[number], bucket.batch))]
+    read = _HostBatches(deal.buckets, made, turns, shard)
+    self.length = (max if deal.assign == "any" else sum)(of_bucket.clips for of_bucket in made)
+    self.encoded = bool(deal.packed) or isinstance(made[0].sources[0], latents.Latents)
     self.bad: list[tuple[str, str]] = []
-    self._batches = iter(grain.MapDataset.source(rows).to_iter_dataset(
+    self._batches = iter(grain.MapDataset.source(read).to_iter_dataset(
       grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)))
 
   def __next__(self) -> dict[str, Any]:

@@ -1,0 +1,133 @@
+"""Which records go to which bucket, and when each bucket has its turn.
+
+"any": every bucket draws from all records that it can serve, by its weight. "fit": each record goes to one bucket, the
+one that keeps most of it, and a pass over the records gives each bucket the batches that its own records fill. So no
+record is lost or seen twice, and every step is one batch of one bucket on all devices: none waits for another's clip.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from anisora_jax.errors import BadInput, pick
+from anisora_jax.loaders import video
+from anisora_jax.loaders.buckets import Bucket, Schedule, Turn, parse
+
+ASSIGN = {"any": "every bucket draws from all records", "fit": "each record goes to the bucket that keeps most of it"}
+
+
+@dataclass(frozen=True)
+class Deal:
+  """The buckets, and how records are dealt to them.
+
+  assign: in ASSIGN. packed: the most encoded clips that share a row of a bucket; 0 for one a row, as long as the row.
+  stride: pixel frames of a latent frame, which rows of several clips are measured in. Raises BadInput.
+  """
+
+  buckets: tuple[Bucket, ...]
+  assign: str = "any"
+  packed: int = 0
+  stride: int = 1
+
+  def __post_init__(self):
+    pick(ASSIGN, self.assign, "assignment of records")
+    if self.packed < 0:
+      raise BadInput(f"{self.packed} clips in a row: take 0 for one clip a row, or the most that may share one.")
+    if self.assign == "fit" and len({bucket.weight for bucket in self.buckets}) > 1:
+      raise BadInput("buckets have weights, but with assign = 'fit' the records say how often each has its turn: leave "
+                     "the weights out, or take assign = 'any'.")
+
+  @classmethod
+  def of(cls, buckets: "Deal | Sequence[Bucket] | str") -> "Deal":
+    if isinstance(buckets, Deal):
+      return buckets
+    return cls(parse(buckets) if isinstance(buckets, str) else tuple(buckets))
+
+  def canvas(self, bucket: Bucket) -> int:
+    """Latent frames of a bucket's rows."""
+    return 1 + (bucket.frames - 1) // self.stride
+
+
+def fit(clips: Float[np.ndarray, "clips 3"], buckets: Sequence[Bucket]) -> Int[np.ndarray, "clips"]:
+  """The bucket of each clip (frames at the wanted pace, height, width): the one that keeps most of it.
+
+  That is the most frames times pixels of what is shown, cut out of the clip without making it larger. Where every
+  bucket would, the one that enlarges least; a clip that is shorter than all goes to the shortest, which refuses it.
+  """
+  frames, height, width = (clips[:, None, axis] for axis in range(3))
+  asked = np.array([(bucket.frames, bucket.height, bucket.width) for bucket in buckets], float)
+  scale = np.minimum(height / asked[:, 1], width / asked[:, 2])
+  shown = asked[:, 1] * asked[:, 2] * scale**2 / (height * width)  # share of the picture that cropping leaves
+  kept = asked.prod(1) * shown
+  long, large = frames >= asked[:, 0], scale >= 1
+  # Ranks, the first that differs decides: long enough, not enlarged, kept most or enlarged least, shortest.
+  short = np.where(long, 0, asked[:, 0])
+  order = np.lexsort((np.broadcast_to(-kept, long.shape), np.where(large, 0, -scale), ~large, short, ~long), axis=-1)
+  return order[:, 0]
+
+
+def sizes(source: Any, fps: float) -> Float[np.ndarray, "clips 3"]:
+  """(frames at `fps`, height, width) of every clip of a source; each is read once. What cannot be read is 0 long.
+
+  Raises BadInput for a source that does not say how large its clips are.
+  """
+  found = np.zeros((len(source), 3))
+  for number in range(len(source)):
+    found[number] = 0, 1, 1
+    try:
+      clip = source[number]
+      found[number] = video.paced_length(clip.frames, clip.fps or fps, fps), clip.height, clip.width
+    except video.Unreadable:
+      continue
+    except AttributeError as error:
+      raise BadInput(f"{source.name} holds pictures, which do not say their size: take assign = 'any'.") from error
+  return found
+
+
+class Passes:
+  """Global batch number -> Turn, for ever: in each pass over the records every bucket has its share, in a new order.
+
+  counts: rows of a pass, of each bucket. The last batch of a bucket in a pass is filled up with rows of the next, which
+  then has fewer left.
+  """
+
+  def __init__(self, buckets: Sequence[Bucket], counts: Sequence[Fraction], seed: int):
+    for bucket, count in zip(buckets, counts, strict=True):
+      if not count:
+        raise BadInput(f"bucket {bucket} is the best for no record: leave it out.")
+    self._buckets, self._counts, self._seed = buckets, counts, seed
+    self._pass = lru_cache(maxsize=4)(self._draw)
+
+  def _before(self, number: int) -> list[int]:
+    """How many batches each bucket has in the passes before this one."""
+    return [math.ceil(number * count / bucket.batch) for bucket, count in zip(self._buckets, self._counts, strict=True)]
+
+  def _draw(self, number: int) -> tuple[Int[np.ndarray, "t"], Int[np.ndarray, "t"]]:
+    """(the bucket of each turn of a pass, how many batches it had before)."""
+    before = self._before(number)
+    counts = np.array(self._before(number + 1)) - before
+    turns = np.random.default_rng([self._seed, number]).permutation(np.repeat(np.arange(len(before)), counts))
+    had = np.zeros_like(turns)
+    for bucket, first in enumerate(before):
+      had[turns == bucket] = first + np.arange(counts[bucket])
+    return turns, had
+
+  def __getitem__(self, batch: int) -> Turn:
+    rate = sum(count / bucket.batch for bucket, count in zip(self._buckets, self._counts, strict=True))
+    number = math.floor(batch / rate)  # of the pass, or too high by what was rounded up
+    while sum(self._before(number)) > batch:
+      number -= 1
+    turns, had = self._pass(number)
+    place = batch - sum(self._before(number))
+    return Turn(int(turns[place]), int(had[place]))
+
+
+def turns(deal: Deal, counts: Sequence[Fraction], seed: int) -> Schedule | Passes:
+  """Global batch number -> Turn. counts: rows of a pass, of each bucket."""
+  return Schedule(deal.buckets, seed) if deal.assign == "any" else Passes(deal.buckets, counts, seed)

@@ -1,0 +1,128 @@
+"""Rows of a batch: the order in which records come, and each as a row, or what stands in for one that is unreadable."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from fractions import Fraction
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import grain
+import numpy as np
+from jaxtyping import Int
+
+from anisora_jax.errors import BadInput
+from anisora_jax.loaders import video
+
+Numbers = Sequence[int] | Int[np.ndarray, "records"]
+TRIES = 8  # records in a row that may be unreadable before the source counts as broken
+Bad = list[tuple[str, str]]  # what could not be read, and why
+
+
+@runtime_checkable
+class Source(Protocol):
+  """A source as one bucket takes it.
+
+  row: (number of a record, generator of what is drawn for it) -> arrays by name and "caption"; raises video.Unreadable.
+  """
+
+  name: str
+
+  def __len__(self) -> int: ...
+
+  def row(self, number: int, draw: np.random.Generator | None) -> dict[str, Any]: ...
+
+
+class Part(NamedTuple):
+  """Those records of a source that go one way, and how often they have their turn; weight None: once, in order."""
+
+  source: int
+  records: Numbers
+  weight: Fraction | None
+
+
+def parts(taken: Sequence[Numbers], lengths: Sequence[int], weights: Sequence[float] | None) -> list[Part]:
+  """What each source gives of the records that are taken of it; weights: of whole sources, lengths: of these.
+
+  A source whose records go several ways has as many turns on each as it has records there.
+  """
+  return [Part(number, records, None if weights is None else Fraction(weights[number]) * len(records) / lengths[number])
+          for number, records in enumerate(taken) if len(records)]
+
+
+def a_pass(found: Sequence[Part], lengths: Sequence[int], weights: Sequence[float] | None) -> Fraction:
+  """How many turns these parts have while all sources together have as many as they have records."""
+  if weights is None:
+    return Fraction(sum(len(part.records) for part in found))
+  held = sum((Fraction(weight) for weight, length in zip(weights, lengths, strict=True) if length), Fraction())
+  return sum((part.weight for part in found), Fraction()) * sum(lengths) / held
+
+
+class Order:
+  """Place in an order of records, from 0 on for ever -> (source, record, whether it counts).
+
+  With weights each part is shuffled anew for every epoch of its own and goes round for ever. Without, every record
+  comes once, source after source, and then repeats that do not count.
+  """
+
+  def __init__(self, found: Sequence[Part], seed: Sequence[int]):
+    self._total, self._shuffled = sum(len(part.records) for part in found), found[0].weight is not None
+    sets = []
+    for part in found:
+      numbers = grain.MapDataset.range(len(part.records))
+      if self._shuffled:
+        # Grain's shuffle of epoch e uses seed + e, so neighbouring seeds would repeat each other's epochs: spread them.
+        spread = int(np.random.SeedSequence([*seed, part.source]).generate_state(1)[0])
+        numbers = numbers.shuffle(seed=spread).repeat()
+      sets.append(numbers.map(lambda number, part=part: (part.source, int(part.records[number]))))
+    self._places = (grain.MapDataset.mix(sets, [float(part.weight) for part in found]) if self._shuffled else
+                    grain.MapDataset.concatenate(sets))
+
+  def __getitem__(self, place: int) -> tuple[int, int, bool]:
+    source, record = self._places[place if self._shuffled else place % self._total]
+    return source, record, self._shuffled or place < self._total
+
+
+def readable(source: Source, record: int, seed: Sequence[int] | None) -> tuple[dict[str, Any], Bad]:
+  """A record as a row, or the next readable one, and what could not be read. seed: of draws; None draws nothing.
+
+  Raises BadInput where several records in a row cannot be read.
+  """
+  bad: Bad = []
+  for step in range(min(TRIES, len(source))):
+    number = (record + step) % len(source)
+    try:
+      return source.row(number, None if seed is None else np.random.default_rng(seed)), bad
+    except video.Unreadable as error:
+      bad.append((f"{source.name} record {number}", str(error)))
+  raise BadInput(f"{len(bad)} records in a row cannot be used, the first is {bad[0][0]}: {bad[0][1]}")
+
+
+class Clipwise:
+  """One clip a row. count: rows of a pass over all records; clips: records that come.
+
+  seed: of the run and the bucket; None draws nothing.
+  """
+
+  def __init__(self, sources: Sequence[Source], found: Sequence[Part], count: Fraction, seed: Sequence[int] | None):
+    self.sources, self.count, self._seed, self._order = sources, count, seed, Order(found, seed or (0,))
+    self.clips = sum(len(part.records) for part in found)
+
+  def __getitem__(self, place: int) -> tuple[dict[str, Any], Bad]:
+    source, record, counts = self._order[place]
+    made, bad = readable(self.sources[source], record, self._seed and [*self._seed, place])
+    return {**made, "id": np.int64(source * 2**32 + record), "ok": np.float32(counts and not bad)}, bad
+
+
+def batches(rows: Fraction, batch: int) -> int:
+  """How many batches so many rows fill, the last one perhaps in part."""
+  return math.ceil(rows / batch)
+
+
+def stacked(made: Iterable[Mapping[str, Any]], count: int) -> dict[str, Any]:
+  """Rows as a batch: arrays stacked, captions in a list."""
+  out: dict[str, Any] = {"caption": []}
+  for number, row in enumerate(made):
+    out["caption"].append(row["caption"])
+    for name, array in row.items():
+      if name != "caption":
+        out.setdefault(name, np.empty((count, *array.shape), array.dtype))[number] = array
+  return out

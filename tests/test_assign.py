@@ -1,0 +1,166 @@
+"""Each record goes to the bucket that keeps most of it, and comes once a pass, on any number of hosts."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_loaders import clip_of, write_folder
+
+from anisora_jax.errors import BadInput
+from anisora_jax.loaders import assign, buckets, records, video
+from anisora_jax.loaders.assign import Deal
+from anisora_jax.loaders.mixture import Batches
+
+
+def deal(text):
+  return Deal(buckets.parse(text), assign="fit")
+
+
+def sized(name, height, width, frames=24):
+  film = np.repeat(np.arange(frames, dtype=np.uint8)[:, None, None, None], height, 1).repeat(width, 2).repeat(3, 3)
+  return replace(clip_of(name), frames=frames, height=height, width=width, mp4=video.encode(film, 24.), character=None)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """7 wide clips, 5 high ones, 3 small ones, in one folder."""
+  clips = [sized(f"{name}{n}", *size) for name, size, count in (("wide", (32, 64), 7), ("high", (64, 32), 5),
+                                                                ("small", (16, 32), 3)) for n in range(count)]
+  return write_folder(tmp_path_factory.mktemp("sized") / "all", clips, clips[:4])
+
+
+# which bucket
+
+
+@pytest.mark.parametrize(("clip", "best"), [
+  ((81, 480, 832), "81x480x832"), ((500, 1080, 1920), "81x720x1280"), ((81, 1920, 1080), "81x832x480"),
+  ((81, 900, 900), "81x480x832"),                       # a square would keep more, but there is none
+  ((80, 1080, 1920), "33x720x1280"), ((81, 720, 720), "81x480x832"),
+  ((81, 300, 500), "81x480x832"),                       # too small for all: enlarged least
+  ((10, 1080, 1920), "17x480x832")])                    # too short for all: the shortest, which will refuse it
+def test_a_clip_goes_where_most_of_it_is_kept(clip, best):
+  sizes = buckets.parse("81x480x832@1,81x720x1280@1,81x832x480@1,33x720x1280@1,17x480x832@1")
+  found = assign.fit(np.array([clip], float), sizes)
+  assert buckets.parse(f"{best}@1")[0] == sizes[found[0]]
+
+
+@given(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 60), st.integers(1, 60)), min_size=1, max_size=9),
+       st.lists(st.tuples(st.integers(1, 40), st.integers(1, 60), st.integers(1, 60)), min_size=1, max_size=4))
+@settings(deadline=None)
+def test_no_other_bucket_keeps_more(clips, asked):
+  """Witness: fractions, clip by clip."""
+  sizes = [buckets.Bucket(*of, batch=1) for of in asked]
+  for (frames, height, width), best in zip(clips, assign.fit(np.array(clips, float), sizes), strict=True):
+    def kept(bucket, height=height, width=width):
+      scale = min(Fraction(height, bucket.height), Fraction(width, bucket.width))
+      shown = Fraction(bucket.height * bucket.width) * scale**2 / (height * width)
+      return scale, float(bucket.frames * bucket.height * bucket.width * shown)
+    long = [bucket for bucket in sizes if bucket.frames <= frames]
+    large = [bucket for bucket in long if kept(bucket)[0] >= 1]
+    chosen = sizes[best]
+    if large:
+      assert chosen in large and kept(chosen)[1] >= max(kept(bucket)[1] for bucket in large) * (1 - 1e-9)
+    elif long:
+      assert chosen in long and kept(chosen)[0] >= max(kept(bucket)[0] for bucket in long) * (1 - 1e-9)
+    else:
+      assert chosen.frames == min(bucket.frames for bucket in sizes)
+
+
+# when
+
+
+@given(st.lists(st.tuples(st.integers(1, 30), st.integers(1, 9)), min_size=1, max_size=4), st.integers(0, 9))
+@settings(deadline=None, max_examples=50)
+def test_every_row_of_a_bucket_has_come_once_at_the_end_of_each_pass(shares, seed):
+  sizes = [buckets.Bucket(1, 8, 8, batch) for _, batch in shares]
+  counts = [Fraction(count) for count, _ in shares]
+  turns, had, taken = assign.Passes(sizes, counts, seed), Counter(), Counter()
+  length, batch = sum(-(-count // size) for count, size in shares), 0
+  ends = [sum(-(-number * count // size) for count, size in shares) for number in range(6)]
+  for number, end in enumerate(ends):
+    while batch < end:
+      turn = turns[batch]
+      assert turn.number == had[turn.bucket]
+      had[turn.bucket] += 1
+      taken[turn.bucket] += sizes[turn.bucket].batch
+      batch += 1
+    for bucket, (count, size) in enumerate(shares):
+      assert 0 <= taken[bucket] - number * count < size  # all of the passes, and what fills the last batch
+  assert ends[1] == length
+
+
+def test_turns_are_drawn_anew_in_each_pass_and_by_seed():
+  sizes = buckets.parse("1x8x8@1,1x8x16@1")
+  def order(number, seed):
+    turns = assign.Passes(sizes, [Fraction(20), Fraction(20)], seed)
+    return tuple(turns[40 * number + k].bucket for k in range(40))
+  assert len({order(number, seed) for number in range(3) for seed in range(3)}) == 9
+  assert all(sum(order(number, 0)) == 20 for number in range(3))
+
+
+# batches
+
+
+SIZES = "5x32x64@4,5x64x32@2,5x16x32@2"
+
+
+@pytest.mark.parametrize("hosts", [1, 2])
+def test_every_record_comes_once_a_pass_in_its_own_bucket_on_any_number_of_hosts(folder, hosts):
+  parts = [Batches(folder, deal(SIZES), fps=12, shard=(host, hosts), seed=1) for host in range(hosts)]
+  assert parts[0].length == 15
+  seen, shapes = Counter(), {}
+  for _ in range(2 + 3 + 2):  # 7 / 4, 5 / 2, 3 / 2, rounded up
+    rows = [next(part) for part in parts]
+    for batch in rows:
+      for record, caption in zip(batch["id"], batch["caption"], strict=True):
+        seen[int(record)] += 1
+        shapes.setdefault(caption.split()[1].rstrip("0123456789"), set()).add(batch["frames"].shape[2:4])
+  assert shapes == {"wide": {(32, 64)}, "high": {(64, 32)}, "small": {(16, 32)}}
+  assert len(seen) == 15 and sum(seen.values()) == 8 + 6 + 4 and max(seen.values()) == 2
+  for _ in range(14 * 7):
+    for part in parts:
+      for record in next(part)["id"]:
+        seen[int(record)] += 1
+  # no record is ever more than a batch ahead of another of its bucket
+  for numbers in (range(7), range(7, 12), range(12, 15)):
+    assert max(seen[k] for k in numbers) - min(seen[k] for k in numbers) <= 1
+
+
+def test_stopping_changes_nothing(folder):
+  steady = Batches(folder, deal(SIZES), fps=12)
+  for _ in range(9):
+    next(steady)
+  resumed = Batches(folder, deal(SIZES), fps=12)
+  resumed.seek(json.loads(json.dumps(steady.position)))
+  for _ in range(6):
+    one, other = next(steady), next(resumed)
+    assert all(np.array_equal(one[name], other[name]) for name in one)
+
+
+def test_held_out_records_come_once_in_their_own_buckets(folder):
+  batches = list(Batches(folder, deal("5x32x64@4"), fps=12, split="held_out"))
+  assert [batch["id"].tolist() for batch in batches] == [[0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize(("text", "words"), [
+  (SIZES + ",5x48x8@2", "bucket 5x48x8@2:1 is the best for no 'train' record: leave it out"),
+  ("5x32x64@4:2,5x64x32@2", "buckets have weights")])
+def test_what_cannot_be_assigned_is_one_clear_line(folder, text, words):
+  with pytest.raises(BadInput, match=words) as error:
+    Batches(folder, deal(text), fps=12)
+  assert "\n" not in str(error.value)
+  with pytest.raises(BadInput, match="assignment of records"):
+    Deal(buckets.parse(SIZES), assign="best")
+
+
+def test_a_record_that_cannot_be_read_is_named_and_stood_in_for(tmp_path):
+  clips = [sized(f"wide{n}", 32, 64) for n in range(4)]
+  folder = write_folder(tmp_path / "all", [*clips, records.to_bytes(clips[0])[:-900]])
+  batches = Batches(folder, deal("5x32x64@5"), fps=12)
+  batch = next(batches)
+  assert sorted(batch["ok"]) == [0, 1, 1, 1, 1] and "not a clip record" in dict(batches.bad)[f"{folder} record 4"]
