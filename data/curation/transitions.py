@@ -1,0 +1,101 @@
+"""Where one scene ends and the next begins: hard cuts, and with `gradual` fades and dissolves.
+
+PySceneDetect's ContentDetector and AdaptiveDetector name frames that differ from the one before, generously; each is
+then held against what only looks like a cut. Pictures that motion explains belong together; a flash, an impact frame or
+a strobe comes back to its scene; and where every drawing differs wildly from the last, in a whip pan, nothing is cut.
+ThresholdDetector adds the fades through black whose ways down and up are too uneven for `gradual`.
+Repeated drawings (animation on twos, on threes) are passed over first, so that a pan on threes is no row of cuts.
+"""
+
+from collections.abc import Iterator
+
+import cv2
+import numpy as np
+from jaxtyping import UInt8
+from scenedetect import AdaptiveDetector, ContentDetector, FrameTimecode, ThresholdDetector
+
+from curation import gradual, likeness
+from curation.gradual import Transition
+
+CORE = 16.      # seconds judged at once ...
+MARGIN = 4.     # ... with so much before and after at hand
+BRIEF = .2      # seconds: two changes no farther apart are judged together ...
+HELD = .4       # ... and so are changes that stand so near and no more than 3 drawings apart
+DARK = 6        # mean brightness of a black picture, grey levels
+SAME = .7       # mean difference below which a drawing is repeated, grey levels
+TURMOIL = 3     # changes at one place that are no cut any more
+
+
+class Finder:
+  """Fed a film's small frames in order, gives its transitions in order, holding only a window of frames."""
+
+  def __init__(self, fps: float, content: float, adaptive: float):
+    self.fps, self.first, self.done = fps, 0, 0
+    self.held: list[np.ndarray] = []
+    self.drawings: list[int] = []   # frames that are not repeated, of the window
+    self.suspects: list[int] = []
+    self.lit: list[int] = []        # frames at which the picture comes out of the dark
+    self.detectors = (ContentDetector(threshold=content, min_scene_len=0),
+                      AdaptiveDetector(adaptive_threshold=adaptive, min_content_val=6, min_scene_len=0))
+    self.dark = ThresholdDetector(threshold=DARK, min_scene_len=0, fade_bias=1., min_out_length=round(BRIEF * fps))
+
+  def push(self, number: int, small: UInt8[np.ndarray, "h w 3"]) -> Iterator[Transition]:
+    """Takes frame `number`; yields transitions that are certain now."""
+    if not self.drawings or cv2.norm(small, self.held[self.drawings[-1] - self.first], cv2.NORM_L1) > SAME * small.size:
+      self.drawings.append(number)
+      blue_first, time = np.ascontiguousarray(small[..., ::-1]), FrameTimecode(number, self.fps)
+      for detector in self.detectors:
+        self.suspects += [cut.frame_num for cut in detector.process_frame(time, blue_first)]
+    self.lit += [cut.frame_num for cut in self.dark.process_frame(FrameTimecode(number, self.fps), small)]
+    self.held.append(small)
+    if number + 1 - self.done >= round((CORE + MARGIN) * self.fps):
+      yield from self._judge(self.done + round(CORE * self.fps))
+
+  def end(self) -> Iterator[Transition]:
+    """Yields what is left at the end of the film."""
+    if self.held:
+      yield from self._judge(self.first + len(self.held))
+
+  def _judge(self, stop: int) -> Iterator[Transition]:
+    """Yields transitions that begin in [done, stop), and forgets what is no longer needed."""
+    small, first = np.stack(self.held), self.first
+    found = [Transition(t.kind, t.start + first, t.stop + first) for t in gradual.find(small, self.fps, first)]
+    suspects = [n for n in sorted(set(self.suspects)) if not any(t.start < n <= t.stop + 2 for t in found)]
+    found += self._cuts(small, suspects)
+    near = round(BRIEF * self.fps) + 1
+    found += [Transition("fade", n, n) for n in self.lit
+              if not any(t.start - near <= n <= t.stop + near for t in found)]
+    yield from sorted((t for t in found if self.done <= t.start < stop), key=lambda t: (t.start, t.stop))
+    self.done = stop
+    keep = max(first, min(stop - round(MARGIN * self.fps), self.drawings[-1]))
+    self.held, self.first = self.held[keep - first:], keep
+    self.drawings = [n for n in self.drawings if n >= keep]
+    self.suspects = [n for n in self.suspects if n >= keep]
+    self.lit = [n for n in self.lit if n >= keep]
+
+  def _cuts(self, small: UInt8[np.ndarray, "n h w 3"], suspects: list[int]) -> list[Transition]:
+    def differ(a: int, b: int) -> bool:
+      return likeness.unexplained(small[a - self.first], small[b - self.first]) > likeness.OTHER
+    cuts = []
+    for group in self._groups([n for n in suspects if n > self.first and differ(n - 1, n)]):
+      alone, n = [], 0
+      while n < len(group):
+        # The last change after which the picture is again what it was before this one: a flash lies between.
+        back = [m for m in range(n + 1, len(group)) if not differ(group[n] - 1, group[m])]
+        alone += [] if back else [group[n]]
+        n = (back[-1] if back else n) + 1
+      if 0 < len(alone) < TURMOIL:
+        cuts.append(Transition("cut", alone[0], alone[-1]))
+    return cuts
+
+  def _groups(self, changes: list[int]) -> list[list[int]]:
+    """Changes so near each other that there is no shot between them."""
+    order = {n: place for place, n in enumerate(self.drawings)}
+    groups: list[list[int]] = []
+    for n in changes:
+      gap = n - groups[-1][-1] if groups else np.inf
+      if gap <= BRIEF * self.fps or (gap <= HELD * self.fps and order[n] - order[groups[-1][-1]] <= 3):
+        groups[-1].append(n)
+      else:
+        groups.append([n])
+    return groups

@@ -1,0 +1,134 @@
+"""Films with planted truth for the tests of curation: scenes, the ways from one to the next, and what only looks so.
+
+A scene is a function from seconds to a picture, uint8 [H, W, 3]. A film is a list of frames with the truth beside it:
+(kind, start, stop) of each transition, frames [start, stop) belong to neither scene alone; a hard cut is (cut, n, n).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import cv2
+import numpy as np
+import toons
+
+from anisora_jax.loaders import video
+
+HEIGHT, WIDTH = 96, 144
+Scene = Callable[[float], np.ndarray]
+
+
+def toon(seed: int, seconds: float = 4) -> Scene:
+  """Drawn characters before a panning background."""
+  rng = np.random.default_rng(seed)
+  place = str(rng.choice(list(toons.cartoon.PLACES)))
+  shot = toons.plan_shot(rng, place, seconds, 100 * WIDTH / HEIGHT)
+  return lambda u: toons.draw_frame(shot, u, HEIGHT, WIDTH)[0]
+
+
+def clouds(seed: int, speed: float, zoom: float = 0., bright: float = 1.) -> Scene:
+  """A large painted texture under a moving camera. speed: widths of the picture a second. zoom: growth a second."""
+  rng = np.random.default_rng(seed)
+  canvas = np.zeros((320, 640, 3))
+  for octave in range(2, 8):
+    coarse = rng.normal(size=(2**octave, 2**(octave + 1), 3)) * rng.uniform(.3, 1, 3)
+    canvas += cv2.resize(coarse, (640, 320), interpolation=cv2.INTER_CUBIC) * 1.4**-octave
+  canvas = canvas / canvas.std() * 45 + rng.uniform(60, 190, 3)
+  canvas = np.clip(canvas * bright, 0, 255).astype(np.uint8)
+  angle, x0, y0 = rng.uniform(0, 2 * np.pi), rng.uniform(0, 600), rng.uniform(0, 300)
+
+  def at(u: float) -> np.ndarray:
+    scale = 1 / (1 + zoom * u)
+    x = x0 + np.cos(angle) * speed * WIDTH * u
+    y = y0 + np.sin(angle) * speed * WIDTH * u
+    return cv2.warpAffine(canvas, np.float32([[scale, 0, x], [0, scale, y]]), (WIDTH, HEIGHT),
+                          flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP, borderMode=cv2.BORDER_WRAP)
+  return at
+
+
+def blocks(seed: int, speed: float = .5) -> Scene:
+  """Flat rectangles that wander over a flat ground, large ones near the camera among them."""
+  rng = np.random.default_rng(seed)
+  ground = rng.integers(20, 236, 3)
+  things = [(rng.integers(0, 256, 3), rng.uniform(.1, .45, 2), rng.uniform(0, 1, 2), rng.uniform(-speed, speed, 2))
+            for _ in range(6)]
+
+  def at(u: float) -> np.ndarray:
+    picture = np.full((HEIGHT, WIDTH, 3), ground, np.uint8)
+    for colour, size, place, velocity in things:
+      top, left = ((place + velocity * u) % 1.4 - .3) * (HEIGHT, WIDTH)
+      bottom, right = (top, left) + size * (HEIGHT, WIDTH)
+      picture[max(0, int(top)):max(0, int(bottom)), max(0, int(left)):max(0, int(right))] = colour
+    return picture
+  return at
+
+
+def on(scene: Scene, hold: int, fps: float) -> Scene:
+  """A scene drawn on twos, threes, ...: every drawing is held for `hold` frames."""
+  return lambda u: scene(np.floor(u * fps / hold + 1e-6) * hold / fps)
+
+
+@dataclass
+class Reel:
+  """A film being put together."""
+  fps: float = 24.
+  frames: list = field(default_factory=list)
+  truth: list = field(default_factory=list)
+
+  def play(self, scene: Scene, seconds: float, start: float = 0.) -> "Reel":
+    """Adds a scene, which begins `start` seconds into itself."""
+    self.frames += [scene(start + n / self.fps) for n in range(round(seconds * self.fps))]
+    return self
+
+  def cut(self) -> "Reel":
+    self.truth.append(("cut", len(self.frames), len(self.frames)))
+    return self
+
+  def fade(self, scene: Scene, end: float, begin: Scene, seconds: float, hold: float = 0., to: int = 0) -> "Reel":
+    """Out of a scene from its second `end` on, `hold` seconds of one shade `to`, and into another from its start."""
+    count, first = round(seconds * self.fps), len(self.frames)
+    for n in range(count):
+      self.frames.append(_mix(scene(end + n / self.fps), to, (n + 1) / (count + 1)))
+    self.frames += [np.full((HEIGHT, WIDTH, 3), to, np.uint8)] * round(hold * self.fps + 1)
+    for n in range(count):
+      self.frames.append(_mix(begin(n / self.fps), to, 1 - (n + 1) / (count + 1)))
+    self.truth.append(("fade", first, len(self.frames)))
+    return self
+
+  def dissolve(self, scene: Scene, end: float, begin: Scene, seconds: float) -> "Reel":
+    count, first = round(seconds * self.fps), len(self.frames)
+    for n in range(count):
+      self.frames.append(_mix(scene(end + n / self.fps), begin(n / self.fps), (n + 1) / (count + 1)))
+    self.truth.append(("dissolve", first, len(self.frames)))
+    return self
+
+  def flash(self, frames: int, to: int = 255) -> "Reel":
+    """Turns the last frames white, or another shade; they are no cut."""
+    for n in range(1, frames + 1):
+      self.frames[-n] = _mix(self.frames[-n], to, .9)
+    return self
+
+  def negative(self, frames: int) -> "Reel":
+    """An impact frame: the last frames in inverted colours."""
+    for n in range(1, frames + 1):
+      self.frames[-n] = 255 - self.frames[-n]
+    return self
+
+  def dim(self, frames: int, to: float) -> "Reel":
+    """The light over the last frames goes down to `to` and comes back."""
+    for n in range(1, frames + 1):
+      light = 1 - (1 - to) * np.sin(np.pi * n / (frames + 1))
+      self.frames[-n] = (self.frames[-n] * light).astype(np.uint8)
+    return self
+
+  def write(self, path: Path, crf: int = 18) -> Path:
+    write(path, np.stack(self.frames), self.fps, crf)
+    return path
+
+
+def _mix(a: np.ndarray, b, share: float) -> np.ndarray:
+  return np.rint(a * (1 - share) + np.float64(b) * share).astype(np.uint8)
+
+
+def write(path: Path, frames: np.ndarray, fps: float, crf: int = 18) -> None:
+  path.write_bytes(video.encode(frames, fps, crf))
