@@ -21,8 +21,8 @@ from jaxtyping import Float, UInt8
 
 from anisora_jax.loaders import video
 
-WIDTH = 128         # of the pictures for `motion`
-FINE_WIDTH = 256    # of the pictures for the rest
+WIDTH = 128         # of the pictures for `motion` and AniSora's
+FINE_WIDTH = 256    # of those for VBench's and the camera
 RUN = 6             # pairs of neighbouring frames looked at together: a multiple of 2 and of 3
 RUNS = 3            # for `motion` of frames in memory
 CAMERAS = ("static", "pan left", "pan right", "tilt up", "tilt down", "zoom in", "zoom out", "roll", "other")
@@ -50,6 +50,11 @@ def small(picture: UInt8[np.ndarray, "H W 3"], width: int) -> Grey:
   """A grey picture of a given width, at least 16 rows high."""
   size = video.Size(max(16, round(picture.shape[0] * width / picture.shape[1])), width)
   return cv2.cvtColor(video.fit(picture, size), cv2.COLOR_RGB2GRAY)
+
+
+def narrow(grey: Grey) -> Grey:
+  """A fine picture at the width for `motion`."""
+  return cv2.resize(grey, (WIDTH, max(16, round(grey.shape[0] * WIDTH / grey.shape[1]))), interpolation=cv2.INTER_AREA)
 
 
 def flow(first: Grey, second: Grey) -> Flow:
@@ -166,6 +171,17 @@ def camera_step(first: Grey, second: Grey) -> Step | None:
   return _fit(points, moved, weights, first.shape) or _slide(moved, weights, first.shape[1])
 
 
+def _speeds(steps: Sequence[Step | None], seconds: float) -> np.ndarray:
+  """Widths a second (right, down, outward, around) of the steps that most of the picture agrees on, [n, 4]."""
+  return np.array([step[:4] for step in steps if step is not None and step.share >= .4]).reshape(-1, 4) / seconds
+
+
+def camera_speed(steps: Sequence[Step | None], seconds: float) -> float:
+  """How fast the picture moves as a whole, in widths a second; 0 where nothing tells."""
+  speeds = _speeds(steps, seconds)
+  return float(np.median(np.abs(speeds), axis=0).max()) if len(speeds) else 0.
+
+
 def camera(steps: Sequence[Step | None], seconds: float, slowest: float) -> str:
   """The word of CAMERAS for what a shot's camera does, in AniSora's words where it has one ("tilt up").
 
@@ -173,11 +189,10 @@ def camera(steps: Sequence[Step | None], seconds: float, slowest: float) -> str:
   that pans right sends the picture left. "other" is one that moves in no one way (shaken, turning back, two ways at
   once) or whose motion nothing in the picture agrees on; it is no phrase for a caption.
   """
-  told = [step for step in steps if step is not None]
+  told, speeds = sum(step is not None for step in steps), _speeds(steps, seconds)
   if not told:
     return "static"
-  speeds = np.array([step[:4] for step in told if step.share >= .4]) / seconds
-  if 2 * len(speeds) < len(told):
+  if 2 * len(speeds) < told:
     return "other"
   steady, amount = np.median(speeds, axis=0), np.median(np.abs(speeds), axis=0)
   if amount.max() < slowest:
