@@ -27,7 +27,8 @@ from anisora_jax import entry
 from anisora_jax.errors import BadInput
 from anisora_jax.models import codec, names
 from anisora_jax.models.pixels import Pixels
-from anisora_jax.models.wan.dit import REMAT, WanDiT
+from anisora_jax.models.remat import REMAT
+from anisora_jax.models.wan.dit import WanDiT
 from anisora_jax.models.wan.names import entries
 from anisora_jax.models.wan.sizes import SIZES, Size
 from anisora_jax.parallel import mesh

@@ -24,7 +24,8 @@ def get_config() -> ConfigDict:
     "adapters": "",           # files folded into the weights first: "A", "A=0.8,B"; of one expert "low_noise:A=0.8"
     "attention": "ring",      # over seq: ring, ring_both, ulysses, hybrid; full where seq = 1, as all are there
     "kernel": "dense",        # dense, or blockwise for long clips; splash on TPUs; cudnn on NVIDIA GPUs in bfloat16
-    "remat": "attention",     # what a layer keeps for its backward pass: none, attention, matmuls, full
+    "remat": "attention",     # what a layer keeps for its backward pass: none, attention, matmuls, full; on the host:
+                              # attention_offload, full_offload (its input), offload (both)
     "gate": 0.5,              # what gates start from when trained from scratch; 0 as Wan, which moves later
     "dtype": "float32",       # of arithmetic, bfloat16 on accelerators; parameters are always float32
   })
@@ -106,6 +107,7 @@ def get_config() -> ConfigDict:
     "clip": 1.0,              # largest global norm of the gradients
     "frozen": "",             # regular expression on parameter paths that are not trained; "" for none
     "ema": 0.9999,            # limit of the average's decay; it starts at 0.1 and rises as (1 + n) / (10 + n)
+    "offload": False,         # moments and the average live in the host's memory, and visit the device once a step
   })
   config.train = ConfigDict({
     "steps": 1000,

@@ -20,7 +20,7 @@ from quick import QUICK
 from anisora_jax.errors import BadInput
 from anisora_jax.models import attention, kernels, splash
 from anisora_jax.models.kernels import LOCAL
-from anisora_jax.models.wan.dit import REMAT
+from anisora_jax.models.remat import REMAT
 from anisora_jax.parallel import mesh
 
 BLOCKS = [name for name, local in LOCAL.items() if local.block]

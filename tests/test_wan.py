@@ -18,7 +18,8 @@ from quick import QUICK
 
 from anisora_jax.errors import BadInput
 from anisora_jax.models import names, rope
-from anisora_jax.models.wan.dit import REMAT, WanDiT
+from anisora_jax.models.remat import REMAT
+from anisora_jax.models.wan.dit import WanDiT
 from anisora_jax.models.wan.names import NAMINGS, entries
 from anisora_jax.models.wan.placement import RULES
 from anisora_jax.models.wan.sizes import SIZES, Size
@@ -331,7 +332,8 @@ def test_attention_is_computed_once_unless_all_is_computed_twice(text_steps):
   """Exponentials of all logits, [b a, l, l]: forward, in the backward pass, and when forward is done again."""
   weights = re.compile(r"= f32\[4,45,45\]\S* exponential\(")
   count = {name: len(weights.findall(text_steps[name].as_text())) for name in REMAT}
-  assert count == {"none": 2, "attention": 2, "matmuls": 3, "full": 3}
+  assert count == {"none": 2, "attention": 2, "attention_offload": 2, "matmuls": 3, "full": 3, "full_offload": 3,
+                   "offload": 2}
 
 
 def test_bf16_arithmetic_stays_close_and_parameters_stay_f32(text_model):

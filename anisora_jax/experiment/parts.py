@@ -20,12 +20,12 @@ from anisora_jax.experiment import encoders
 from anisora_jax.experiment.encoders import DTYPES, Captions
 from anisora_jax.loaders import mixture
 from anisora_jax.loaders.buckets import Bucket, parse
-from anisora_jax.models import attention, codec
+from anisora_jax.models import attention, codec, remat
 from anisora_jax.models.wan import placement as wan_placement
-from anisora_jax.models.wan.dit import REMAT, WanDiT
+from anisora_jax.models.wan.dit import WanDiT
 from anisora_jax.models.wan.sizes import SIZES, Size
 from anisora_jax.parallel import mesh as meshes
-from anisora_jax.parallel import placement
+from anisora_jax.parallel import offload, placement
 from anisora_jax.tasks.masks import Mixture
 from anisora_jax.training import optimizer, step
 
@@ -35,6 +35,7 @@ class Parts:
   """What a config describes, made and checked.
 
   codec: without its parameters. image_tokens: that the network reads of pictures. encoded: records hold latents.
+  offload: moments and averages of what is trained live in the host's memory.
   """
 
   mesh: jax.sharding.Mesh
@@ -47,6 +48,7 @@ class Parts:
   buckets: tuple[Bucket, ...]
   image_tokens: int
   encoded: bool
+  offload: bool
 
   def latent_shape(self, bucket: Bucket) -> tuple[int, int, int]:
     return codec.latent_shape(self.codec, bucket.frames, bucket.height, bucket.width)
@@ -81,7 +83,9 @@ def assemble(config: ConfigDict, count: int | None = None, devices: Sequence[jax
   if size.channels != made.channels or size.given not in (0, told):
     raise BadInput(f"model size {config.model.size!r} takes latents of {size.channels} channels and {size.given} for "
                    f"what is given, the codec makes {made.channels} and {told}: choose another size or codec.")
-  pick(REMAT, config.model.remat, "remat policy")
+  remat.check(config.model.remat, mesh)
+  if config.optimizer.offload:
+    offload.check(mesh, "optimizer.offload", "--config.optimizer.offload=False")
   dtype = pick(DTYPES, config.model.dtype, "dtype")
   attention.check(config.model.attention, config.model.kernel, mesh, size.heads, config.model.dtype)
   adapted = lora.Lora(**config.lora.to_dict()) if config.lora.rank else None
@@ -98,11 +102,11 @@ def assemble(config: ConfigDict, count: int | None = None, devices: Sequence[jax
     velocity=partial(velocity, network, adapted.scale if adapted else 1.0), codec=made,
     tasks=Mixture(config.tasks.to_dict()), times=TimeDraw(**times), weight=loss.weight, drop_text=loss.drop_text,
     drop_condition=loss.drop_condition, given=given, seed=config.seed, micro_batches=config.train.micro_batches)
-  settings = {name: value for name, value in config.optimizer.items() if name != "ema"}
+  settings = {name: value for name, value in config.optimizer.items() if name not in ("ema", "offload")}
   parts = Parts(mesh=mesh, size=size, codec=made, network=network, method=method,
                 optimizer=optimizer.Optimizer(steps=config.train.steps, **settings), lora=adapted,
                 buckets=parse(config.data.buckets), image_tokens=encoders.image_tokens(config, size),
-                encoded=config.data.encoded)
+                encoded=config.data.encoded, offload=config.optimizer.offload)
   for bucket in parts.buckets:
     _check_bucket(parts, bucket)
   return parts

@@ -137,13 +137,20 @@ def held(leaf: jax.ShapeDtypeStruct) -> int:
   return math.prod(shape) * np.dtype(leaf.dtype).itemsize
 
 
-def memory(program: jax.stages.Compiled, mesh: Mesh) -> tuple[int, int]:
-  """(bytes of a device that a program's arguments take, bytes that it takes beside them at most)."""
+def memory(program: jax.stages.Compiled, mesh: Mesh, aside: int = 0) -> tuple[int, int, int]:
+  """(bytes of a device that a program's arguments take, that it takes beside them at most, bytes of its host).
+
+  aside: bytes of arguments that live on the host.
+  """
   told = program.memory_analysis()
-  kept, worked = told.argument_size_in_bytes, told.temp_size_in_bytes
+  kept, worked, host = told.argument_size_in_bytes, told.temp_size_in_bytes, told.host_temp_size_in_bytes
   if mesh.devices.flat[0].platform == "tpu":  # there, temp counts memory twice that is used one after the other
-    worked = told.peak_memory_in_bytes - told.host_temp_size_in_bytes - kept
-  return kept, worked
+    worked = told.peak_memory_in_bytes - host - told.host_argument_size_in_bytes - kept
+  elif not told.host_argument_size_in_bytes:
+    # A CPU counts its host's memory as a device's, and so does the compiler for a card that is not here. All that lives
+    # on the host may be on the device at once while parameters change; by then nothing is kept of the forward pass.
+    kept, worked = kept - aside, max(worked, aside)
+  return kept, worked, host + aside
 
 
 def wanted(error: jax.errors.JaxRuntimeError, kept: int) -> int:

@@ -182,10 +182,13 @@ def after(x: Array | np.ndarray, known: Scalar) -> Array:
 
 
 def make_step(method: Method, optimizer: optax.GradientTransformation,
-              average: Callable[[PyTree, PyTree, Array], PyTree]) -> Callable[..., tuple[TrainState, Measures]]:
+              average: Callable[[PyTree, PyTree, Array], PyTree],
+              fetch: Callable[..., TrainState] = lambda state, known: state
+              ) -> Callable[..., tuple[TrainState, Measures]]:
   """(state, batch, frozen) -> (state, measures): the step of plain training, or of adapters beside a frozen base.
 
-  average: (ema, params, step) -> ema. A step that is not finite changes nothing.
+  average: (ema, params, step) -> ema. fetch: (state, known) -> the state where it can be computed with, once `known`
+  is. A step that is not finite changes nothing.
   """
   def step(state: TrainState, batch: Batch, frozen: Frozen | None = None) -> tuple[TrainState, Measures]:
     told = {name: x for name, x in batch.items() if name != "stop"}
@@ -195,12 +198,15 @@ def make_step(method: Method, optimizer: optax.GradientTransformation,
     unread = (after(batch["ok"], norm) == 0).sum()
     finite = jnp.isfinite(loss) & jnp.isfinite(norm) & (stop >= 0) & (unread >= 0)  # the last two always hold
 
+    state = fetch(state, known=norm)
+
     def update(state: TrainState) -> TrainState:
       changes, opt = optimizer.update(grads, state.opt, state.params)
       params = optax.apply_updates(state.params, changes)
       return state.replace(params=params, opt=opt, ema=average(state.ema, params, state.step))
 
-    state = jax.lax.cond(finite, update, lambda state: state, state)
+    # Chosen leaf by leaf, for branches would each need a state of their own beside the donated one.
+    state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), update(state), state)
     measures = {"loss": loss, "grad_norm": norm, "skipped": ~finite, "unread": unread, "stop": stop}
     return state.replace(step=state.step + 1), measures
 

@@ -12,9 +12,9 @@ From: Wan 2.1, arXiv:2503.20314 (wan/modules/model.py).
 from functools import partial
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jax.ad_checkpoint import checkpoint_name
 from jax.nn import initializers
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
@@ -35,21 +35,11 @@ from anisora_jax.models.blocks import (
   to_patches,
   waves,
 )
+from anisora_jax.models.remat import INPUT, REMAT
 from anisora_jax.models.wan.sizes import Size
 from anisora_jax.parallel.mesh import BATCH
 from anisora_jax.parallel.placement import TOKENS, hold
-from anisora_jax.parallel.ring import SAVED
 from anisora_jax.shapes import Latents, Text, Tokens
-
-POLICIES = jax.checkpoint_policies
-# What a block keeps for its backward pass; name in configs -> policy. "attention" keeps the output of self-attention
-# and its log-sum-exp, so that the most expensive part of a long clip is never computed twice.
-REMAT = {
-  "none": POLICIES.everything_saveable,
-  "attention": POLICIES.save_only_these_names(SAVED),
-  "matmuls": POLICIES.dots_with_no_batch_dims_saveable,
-  "full": POLICIES.nothing_saveable,
-}
 
 Time = Float[Array, "b _ _ 6 d"]  # of frames, of a frame's tokens: each of length 1 when all share a time
 
@@ -119,6 +109,7 @@ class Block(nn.Module):
   @nn.compact
   def __call__(self, x: Tokens, time: Time, text, image, turns, segments) -> tuple[Tokens, None]:
     parts = {"size": self.size, "mesh": self.mesh, "pattern": self.pattern, "kernel": self.kernel, "dtype": self.dtype}
+    x = checkpoint_name(x, INPUT)
     learned = self.param("modulation", partial(_gated, self.gate), (6, self.size.width))
     shift1, scale1, gate1, shift2, scale2, gate2 = jnp.moveaxis(learned + time, -2, 0)
 
