@@ -11,10 +11,13 @@ def get_config() -> ConfigDict:
   config.seed = 0  # of every random draw: parameters, order of clips, tasks, times, noise
   config.pretrained = ""  # folder of a Wan, AniSora or diffusers download, searched for weights that are "" below
 
-  config.mesh = ConfigDict({  # devices along each axis; they multiply to the count of devices, and one may be -1
+  # Devices along each axis; they multiply to the count of devices, and one may be -1. Weights and what the optimiser
+  # keeps of them are split over fsdp x clip x seq: it costs a gather of each layer.
+  config.mesh = ConfigDict({
     "data": 1,    # copies of the weights
-    "fsdp": -1,   # weights and batch split: costs one gather of each layer, saves memory
-    "seq": 1,     # tokens of each frame split, by ring attention: for clips too long for one device
+    "fsdp": -1,   # batch split
+    "clip": 1,    # frames of each clip split: for films too long for seq alone
+    "seq": 1,     # tokens of each frame split: for clips too long for one device
     "tensor": 1,  # heads and MLP split: needs fast links, and heads that divide
   })
   config.model = ConfigDict({
@@ -60,7 +63,7 @@ def get_config() -> ConfigDict:
     "records": "",            # folders written by data/pack.py or encode, or tfds:NAME: "A" or "A=0.7,tfds:B=0.3"
     "encoded": False,         # records hold latents, written by encode with this config, and not clips
     "views": 4,               # masks under which encode looks at each clip; training draws one of them each time
-    "buckets": "9x32x48@16",  # frames x height x width @ clips of a global batch; several: "...@16:3,...@4:1"
+    "buckets": "9x32x48@16",  # frames x height x width @ clips of a global batch; also "...@16:3,...@4/2:1", see README
     "fps": 12.0,              # frames/s that clips are paced to; most animation is drawn at 8 to 12
     "threads": 2,             # readers of a host; decoding leaves Python's lock
   })

@@ -27,6 +27,7 @@ from anisora_jax.adapters.lora import Lora
 from anisora_jax.checkpoints.orbax import Checkpoints
 from anisora_jax.errors import BadInput
 from anisora_jax.experiment import adapters, convert, parts, runs, sample, studio, train
+from anisora_jax.loaders import buckets
 from anisora_jax.models.wan.names import NAMINGS, entries
 from anisora_jax.sampling.request import Request, lay_out, parse_keyframes
 from anisora_jax.training import optimizer
@@ -158,6 +159,19 @@ def test_adapters_train_beside_a_run_s_weights_the_same_on_every_mesh(straight, 
   convert.convert(tmp_path / "eight", tmp_path / "merged", "diffusers", choice=convert.Choice(ema=True))
   merged = load_file(next((tmp_path / "merged").glob("*.safetensors")))["blocks.1.ffn.net.0.proj.weight"].T
   np.testing.assert_allclose(merged, made.rack.get(0)["blocks"]["mlp"]["up"]["kernel"][1], rtol=1e-5, atol=1e-6)
+
+
+def test_buckets_that_group_the_devices_each_in_their_way_train_as_on_one_device(start, tmp_path):
+  plain = "5x16x24@8,5x32x24@4,5x32x48@2"
+  turns = buckets.Schedule(buckets.parse(plain), seed=0)
+  assert {turns[step].bucket for step in range(6)} == {0, 1, 2}
+  grouped = plain.replace("@4", "@4/4").replace("@2", "@2/8")
+  out = finish(start(tmp_path / "eight", f"--config.data.buckets={grouped}", mesh=("--cpu_devices=8",)))
+  assert "fsdp 8 x clip 1 x seq 1" in out
+  finish(start(tmp_path / "one", f"--config.data.buckets={plain}", mesh=()))
+  eight, one = losses(tmp_path / "eight"), losses(tmp_path / "one")
+  assert [eight[n][1] for n in eight] == [one[n][1] for n in one]
+  np.testing.assert_allclose([eight[n][0] for n in eight], [one[n][0] for n in one], rtol=2e-4)
 
 
 def test_a_run_saved_on_eight_devices_goes_on_with_four(straight, killed, start, tmp_path):

@@ -195,7 +195,7 @@ def test_a_refusal_names_the_kernels_that_are_not_refused(here, monkeypatch):
   ("cudnn", "gpu", ("bfloat16", 1, False, True), "needs a GPU, here is a cpu: use one of dense, blockwise."),
   ("splash", "tpu", ("float32", 1, False, True), "needs a TPU, here is a cpu: use one of dense, blockwise."),
   ("splash", "cpu", ("float16", 1, False, True), "works in float32 or bfloat16, not in float16: use one of dense"),
-  ("cudnn", "cpu", ("bfloat16", 2, False, True), "returns no log-sum-exp, which a ring over seq = 2 needs: use one of"),
+  ("cudnn", "cpu", ("bfloat16", 2, False, True), "returns no log-sum-exp, which a ring of 2 needs: use one of"),
   ("cudnn", "cpu", ("bfloat16", 1, True, True), "takes no segment ids or padding: use one of dense, blockwise."),
 ])
 def test_what_a_kernel_cannot_do_is_said(kernel, platform, run, words, monkeypatch):

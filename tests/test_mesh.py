@@ -27,7 +27,9 @@ from anisora_jax.parallel import mesh, placement
 SIZE = Size(layers=2, width=64, heads=8, mlp=96, channels=4, given=5, text_width=16, text_tokens=6, image_width=16,
             waves=32)
 BATCH, FRAMES = 8, 2
-MESHES = [shape for shape in product((1, 2, 4, 8), repeat=4) if np.prod(shape) == 8]
+MESHES = [shape for shape in product((1, 2, 4, 8), (1, 2, 4, 8), (1,), (1, 2, 4, 8), (1, 2, 4, 8))
+          if np.prod(shape) == 8]
+LONG = [(1, 1, 8, 1, 1), (1, 1, 2, 4, 1), (1, 1, 4, 1, 2), (1, 2, 2, 2, 1), (2, 1, 2, 1, 2)]  # frames split too
 # Tokens of a frame: 16 divide; 15 leave one padding token; 9 on 8 devices leave three devices with padding alone.
 GRIDS = {16: (8, 8), 15: (6, 10), 9: (6, 6)}
 TOKENS = {1: 15, 2: 15, 4: 9, 8: 9}
@@ -97,6 +99,12 @@ def truth(params):
     return {n: run(compiled(mesh.build(), params, batch_of(n), **options), params, batch_of(n)) for n in GRIDS}
 
 
+def count_talk(step) -> Counter:
+  """How many collectives of each kind stand in a compiled program."""
+  return Counter(re.findall(r" (all-reduce|all-gather|collective-permute|reduce-scatter|all-to-all)(?:-start)?\(",
+                            step.as_text()))
+
+
 def assert_true(result, truth):
   (loss, gradients), (true_loss, true_gradients) = result, truth
   assert apart(loss, true_loss) < 1e-5
@@ -104,17 +112,17 @@ def assert_true(result, truth):
   assert max(jax.tree.leaves(worst)) < 1e-4, worst
 
 
-@pytest.mark.parametrize("shape", MESHES, ids=str)
+@pytest.mark.parametrize("shape", MESHES + LONG, ids=str)
 def test_loss_and_every_gradient_equal_one_device(shape, params, truth):
-  n = TOKENS[shape[2]]
+  n = TOKENS[shape[3]]
   assert_true(run(compiled(on_mesh(shape), params, batch_of(n)), params, batch_of(n)), truth[n])
 
 
-@pytest.mark.parametrize(("kernel", "shape"), [("blockwise", (1, 2, 2, 2)), ("splash", (1, 2, 2, 2))])
+@pytest.mark.parametrize(("kernel", "shape"), [("blockwise", (1, 2, 1, 2, 2)), ("splash", (1, 1, 2, 2, 2))])
 def test_loss_and_every_gradient_equal_one_device_by_every_kernel(kernel, shape, params, truth, monkeypatch):
   monkeypatch.setitem(kernels.SIDE, "cpu", 7)
   monkeypatch.setattr(splash, "INTERPRET", True)
-  n = TOKENS[shape[2]]
+  n = TOKENS[shape[3]]
   assert_true(run(compiled(on_mesh(shape), params, batch_of(n), kernel=kernel), params, batch_of(n)), truth[n])
 
 
@@ -134,11 +142,11 @@ class Two(nn.Module):
 
 def test_batch_and_kernels_may_share_an_axis():
   """Sizes at which XLA (jax 0.10.2) returns wrong gradients when it is left to gather the kernels itself."""
-  draw, on = np.random.default_rng(0), on_mesh((2, 2, 1, 2))
+  draw, on = np.random.default_rng(0), on_mesh((2, 2, 1, 1, 2))
   params = {"a": {"kernel": draw.normal(size=(16, 16)), "bias": draw.normal(size=16)},
             "b": {"kernel": draw.normal(size=(16, 64)), "bias": draw.normal(size=64)}}
   params, x = jax.tree.map(np.float32, (params, draw.normal(size=(8, 3, 16))))
-  placed = placement.shardings([("kernel$", P("fsdp", "tensor")), ("bias$", P())], params, on)
+  placed = placement.shardings([("kernel$", P(mesh.WEIGHTS, "tensor")), ("bias$", P())], params, on)
   step = jax.jit(jax.grad(lambda params, x: jnp.square(Two(on).apply({"params": params}, x)).mean()),
                  in_shardings=(placed, NamedSharding(on, P(mesh.BATCH))), out_shardings=placed)
 
@@ -152,10 +160,9 @@ def test_batch_and_kernels_may_share_an_axis():
 
 def test_a_vector_of_times_talks_and_weighs_as_one_time(params, truth):
   """As many collectives, as much temporary memory; here without padding, so without segments."""
-  one, every = (compiled(on_mesh((2, 2, 2, 1)), params, batch_of(16, times)) for times in (1, FRAMES))
+  one, every = (compiled(on_mesh((2, 2, 1, 2, 1)), params, batch_of(16, times)) for times in (1, FRAMES))
   assert_true(run(every, params, batch_of(16)), truth[16])
-  talk = re.compile(r" (all-reduce|all-gather|collective-permute|reduce-scatter|all-to-all)(?:-start)?\(")
-  counts = [Counter(talk.findall(step.as_text())) for step in (one, every)]
+  counts = [count_talk(step) for step in (one, every)]
   assert counts[0] == counts[1] and {"all-reduce", "all-gather", "collective-permute"} <= set(counts[0])
   memory = [step.memory_analysis().temp_size_in_bytes for step in (one, every)]
   assert memory[1] <= 1.05 * memory[0], memory
@@ -163,7 +170,7 @@ def test_a_vector_of_times_talks_and_weighs_as_one_time(params, truth):
 
 @pytest.mark.parametrize("name", [name for name in SIZES if name.startswith("wan")])
 def test_every_published_parameter_has_a_place_and_what_is_big_is_split(name):
-  size, on = SIZES[name], on_mesh((1, 2, 2, 2))
+  size, on = SIZES[name], on_mesh((1, 2, 1, 2, 2))
   array = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
   made = jax.eval_shape(WanDiT(size, mesh.build()).init, jax.random.key(0), array((1, 1, 2, 2, size.channels)),
                         array((1, 1)), array((1, 1, size.text_width)), array((1, 1, 2, 2, size.given)),
@@ -175,7 +182,7 @@ def test_every_published_parameter_has_a_place_and_what_is_big_is_split(name):
 
 
 def test_rules_and_parameters_must_meet():
-  tree, on = {"blocks": {"up": {"kernel": jnp.zeros((2, 4, 6)), "bias": jnp.zeros((2, 6))}}}, on_mesh((2, 2, 2, 1))
+  tree, on = {"blocks": {"up": {"kernel": jnp.zeros((2, 4, 6)), "bias": jnp.zeros((2, 6))}}}, on_mesh((2, 2, 1, 2, 1))
   rules = [("kernel$", P(None, "fsdp", "tensor")), ("bias$", P())]
   placed = placement.shardings(rules, tree, on)
   assert placed["blocks"]["up"]["kernel"].spec == rules[0][1]
@@ -188,26 +195,48 @@ def test_rules_and_parameters_must_meet():
 
 
 def test_moments_and_averages_live_with_their_parameters(params):
-  on = on_mesh((1, 2, 2, 2))
+  on = on_mesh((1, 2, 1, 2, 2))
   placed = placement.shardings(RULES + IMAGE_RULES, params, on)
   state = jax.eval_shape(lambda p: {"step": jnp.int32(0), "ema": p, "opt": optax.adamw(1e-3).init(p)}, params)
   where = placement.like(state, params, placed, on)
   moments = where["opt"][0]
   assert placed == where["ema"] == moments.mu == moments.nu
   assert where["step"].spec == moments.count.spec == P()
-  assert placed["blocks"]["mlp"]["up"]["kernel"].spec == P(None, "fsdp", "tensor")
+  assert placed["blocks"]["mlp"]["up"]["kernel"].spec == P(None, mesh.WEIGHTS, "tensor")
+
+
+@pytest.mark.parametrize("seq", [1, 2, 4, 8])
+def test_the_same_parameters_serve_every_grouping_of_the_devices(seq, params, truth):
+  """Parameters go in and gradients come out as they lie for the whole mesh, and no more is gathered or sent for it."""
+  base, n = on_mesh((1, 4, 1, 2, 1)), TOKENS[seq]
+  on = mesh.view(base, seq)
+  assert on.shape["seq"] == seq and on.shape["fsdp"] == 8 // seq
+  rules = RULES + IMAGE_RULES
+  placed, there = (placement.shardings(rules, params, one) for one in (base, on))
+  assert all(a.is_equivalent_to(b, leaf.ndim) for a, b, leaf in
+             zip(*map(jax.tree.leaves, (placed, there, params)), strict=True))
+  step, batch = compiled(on, params, batch_of(n)), batch_of(n)
+  given = jax.device_put(params, placed), jax.device_put(batch, step.input_shardings[0][1])
+  assert_true(step(*given), truth[n])
+  same = compiled(on_mesh((1, 8 // seq, 1, seq, 1)), params, batch)  # built so from the start
+  assert count_talk(step) == count_talk(same)
+
+
+def test_a_grouping_that_does_not_divide_is_refused():
+  with pytest.raises(BadInput, match="3 devices cannot share a clip: mesh fsdp x seq = 8 does not divide by 3"):
+    mesh.view(on_mesh((1, 4, 1, 2, 1)), 3)
 
 
 def test_host_batches_become_global_arrays_split_over_data_and_fsdp():
   batch = {"id": np.arange(8), "frames": np.arange(16).reshape(8, 2)}
-  made = mesh.to_devices(on_mesh((2, 2, 2, 1)), batch)
+  made = mesh.to_devices(on_mesh((2, 2, 1, 2, 1)), batch)
   for name, x in made.items():
     assert (np.asarray(x) == batch[name]).all() and x.sharding.shard_shape(x.shape)[0] == 2
 
 
 @pytest.mark.parametrize(("sizes", "count", "words"), [
   ({"date": 2}, None, "no mesh axis is named 'date': did you mean 'data'?"),
-  ({"data": 3, "seq": 2}, None, "mesh data 3 x fsdp 1 x seq 2 x tensor 1 needs 6 devices and there are 8: choose"),
+  ({"data": 3, "seq": 2}, None, "mesh data 3 x fsdp 1 x clip 1 x seq 2 x tensor 1 needs 6 devices and there are 8"),
   ({"data": 3, "seq": -1}, None, "needs 6 devices and there are 8"),
   ({"data": 2}, 4, "needs 2 devices and there are 4"),
   ({"data": -1, "seq": -1}, None, "at most one is -1"),
@@ -220,19 +249,20 @@ def test_impossible_meshes_are_refused_in_one_line(sizes, count, words):
 
 
 def test_a_mesh_takes_what_is_left_and_describes_itself():
-  assert mesh.describe(mesh.build({"data": 2, "fsdp": -1})) == "data 2 x fsdp 4 x seq 1 x tensor 1 on 8 cpu devices"
+  built = mesh.build({"data": 2, "fsdp": -1})
+  assert mesh.describe(built) == "data 2 x fsdp 4 x clip 1 x seq 1 x tensor 1 on 8 cpu devices"
   assert mesh.batch_shards(mesh.build({"data": 2, "fsdp": 2, "seq": 2})) == 4
   assert mesh.build().size == 1
 
 
 @pytest.mark.parametrize(("shape", "pattern", "kernel", "heads", "dtype", "words"), [
-  ((1, 1, 2, 4), "ring", "dense", 6, "float32", "6 heads do not divide by mesh axis tensor = 4"),
-  ((1, 4, 2, 1), "full", "dense", 4, "float32", "pattern 'full' needs mesh axis seq = 1, got 2: use 'ring'"),
-  ((8, 1, 1, 1), "rign", "dense", 4, "float32", "no attention pattern is named 'rign': did you mean 'ring'?"),
-  ((8, 1, 1, 1), "ring", "dens", 4, "float32", "no attention kernel is named 'dens': did you mean 'dense'?"),
+  ((1, 1, 1, 2, 4), "ring", "dense", 6, "float32", "6 heads do not divide by mesh axis tensor = 4"),
+  ((1, 4, 1, 2, 1), "full", "dense", 4, "float32", "pattern 'full' needs mesh axes clip x seq = 1, got 2: use 'ring'"),
+  ((8, 1, 1, 1, 1), "rign", "dense", 4, "float32", "no attention pattern is named 'rign': did you mean 'ring'?"),
+  ((8, 1, 1, 1, 1), "ring", "dens", 4, "float32", "no attention kernel is named 'dens': did you mean 'dense'?"),
 ])
 def test_attention_that_cannot_run_is_refused_in_one_line(shape, pattern, kernel, heads, dtype, words):
   with pytest.raises(BadInput, match=re.escape(words)) as mistake:
     attention.check(pattern, kernel, on_mesh(shape), heads, dtype)
   assert "\n" not in str(mistake.value)
-  attention.check("ring", "dense", on_mesh((1, 1, 2, 4)), 8, "float32")
+  attention.check("ring", "dense", on_mesh((1, 1, 1, 2, 4)), 8, "float32")

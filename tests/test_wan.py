@@ -189,7 +189,7 @@ def test_a_time_for_each_token_equals_the_witness_and_times_of_frames_spelt_out(
   assert apart(forward(params, inputs | {"t": spelt}), forward(params, inputs | {"t": frames})) < 1e-6
 
 
-@pytest.mark.parametrize("sizes", [{"fsdp": 2, "seq": 4}, {"fsdp": 2, "seq": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize("sizes", [{"data": 2, "seq": 4}, {"data": 2, "seq": 2, "tensor": 2}], ids=str)
 def test_a_time_for_each_token_teaches_the_same_on_every_mesh(sizes, text_model):
   """15 tokens a frame divide by neither: the times are padded as the tokens are."""
   inputs, on = condition(*CASES["text"]), mesh.build(sizes)

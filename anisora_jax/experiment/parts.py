@@ -1,7 +1,7 @@
 """A config becomes parts: mesh, codec, network, method. Impossible combinations are refused before anything runs."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -50,6 +50,13 @@ class Parts:
   encoded: bool
   offload: bool
 
+  def of(self, bucket: Bucket) -> "Parts":
+    """The same with the devices grouped as a bucket asks; parameters stay where they are."""
+    mesh = meshes.view(self.mesh, bucket.seq or self.mesh.shape["seq"])
+    network = self.network.clone(mesh=mesh)
+    method = replace(self.method, velocity=partial(velocity, network, self.lora.scale if self.lora else 1.0))
+    return replace(self, mesh=mesh, network=network, method=method)
+
   def latent_shape(self, bucket: Bucket) -> tuple[int, int, int]:
     return codec.latent_shape(self.codec, bucket.frames, bucket.height, bucket.width)
 
@@ -87,7 +94,6 @@ def assemble(config: ConfigDict, count: int | None = None, devices: Sequence[jax
   if config.optimizer.offload:
     offload.check(mesh, "optimizer.offload", "--config.optimizer.offload=False")
   dtype = pick(DTYPES, config.model.dtype, "dtype")
-  attention.check(config.model.attention, config.model.kernel, mesh, size.heads, config.model.dtype)
   adapted = lora.Lora(**config.lora.to_dict()) if config.lora.rank else None
   if adapted and not (config.model.weights or config.pretrained):
     raise BadInput(f"lora.rank is {adapted.rank} and there is no base to adapt: give --config.model.weights=PATH, or "
@@ -108,11 +114,14 @@ def assemble(config: ConfigDict, count: int | None = None, devices: Sequence[jax
                 buckets=parse(config.data.buckets), image_tokens=encoders.image_tokens(config, size),
                 encoded=config.data.encoded, offload=config.optimizer.offload)
   for bucket in parts.buckets:
-    _check_bucket(parts, bucket)
+    there = parts.of(bucket)
+    attention.check(config.model.attention, config.model.kernel, there.mesh, size.heads, config.model.dtype)
+    _check_bucket(there, bucket)
   return parts
 
 
 def _check_bucket(parts: Parts, bucket: Bucket) -> None:
+  """parts: of that bucket."""
   _, h, w = parts.latent_shape(bucket)
   cell = parts.codec.spatial * parts.size.patch
   if h % parts.size.patch or w % parts.size.patch:
@@ -180,7 +189,10 @@ def loader(parts: Parts, config: ConfigDict, split: str, buckets: tuple[Bucket, 
   """The pipeline of a split, this host's share of it, or the whole of it on every host."""
   if not config.data.records:
     raise BadInput("no records to read: give --config.data.records=FOLDER, made by data/pack.py from films.")
-  made = mixture.Batches(config.data.records, buckets or parts.buckets, split=split, fps=config.data.fps,
+  buckets = buckets or parts.buckets
+  for bucket in buckets:
+    meshes.hosts(parts.of(bucket).mesh)
+  made = mixture.Batches(config.data.records, buckets, split=split, fps=config.data.fps,
                          seed=config.seed, shard=(0, 1) if whole else meshes.hosts(parts.mesh),
                          threads=config.data.threads)
   if made.encoded != parts.encoded:

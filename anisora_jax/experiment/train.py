@@ -30,15 +30,15 @@ from anisora_jax.experiment.parts import (
 )
 from anisora_jax.loaders.buckets import Bucket
 from anisora_jax.parallel import mesh as meshes
-from anisora_jax.parallel import offload, placement, processes, targets, traffic
+from anisora_jax.parallel import placement, processes, targets, traffic
 from anisora_jax.parallel.traffic import Sent
 from anisora_jax.training import loop, optimizer, report, state, step
 from anisora_jax.training.stop import Stop
 
 # What a run may be resumed with otherwise: where and how fast it runs and what it tells, not what it learns.
 MAY_CHANGE = ("mesh.*", "pretrained", "*.weights", "text.tokenizer", "model.attention", "model.kernel", "model.remat",
-              "optimizer.offload", "data.threads", "data.records", "sample.*", "train.steps", "train.report",
-              "train.held_out", "train.checkpoint", "train.keep")
+              "data.threads", "data.records", "sample.*", "train.steps", "train.report", "train.held_out",
+              "train.checkpoint", "train.keep")
 
 
 def abstract_batch(parts: Parts, bucket: Bucket) -> dict[str, jax.ShapeDtypeStruct]:
@@ -76,32 +76,28 @@ def training_state(parts: Parts, chain) -> tuple[PyTree, Callable[[PyTree | None
   make = partial(_state, parts, chain)
   shapes = jax.eval_shape(make, abstract_params(parts) if parts.lora else None, x)
   placed = placement.like(shapes, params, jax.tree.map(lambda leaf: leaf.sharding, params), parts.mesh)
-  if parts.offload:
-    placed = placed.replace(**{part: offload.on_host(getattr(shapes, part), getattr(placed, part))
-                               for part in ("opt", "ema")})
   abstract = jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), shapes, placed)
   return abstract, lambda base: jax.jit(make, out_shardings=placed)(base, x)
 
 
 def compiled_step(parts: Parts, chain, config: ConfigDict, abstract: PyTree):
-  """The jitted training step, which takes over the state's memory."""
-  average, placed = partial(optimizer.ema, limit=config.optimizer.ema), jax.tree.map(lambda x: x.sharding, abstract)
-  work = step.make_step(parts.method, chain, average, partial(offload.fetched, placed=placed))
-  return jax.jit(work, donate_argnums=0, out_shardings=(placed, None))
+  """The jitted training step of the buckets that group the devices as `parts` does; takes over the state's memory."""
+  average = partial(optimizer.ema, limit=config.optimizer.ema)
+  return jax.jit(step.make_step(parts.method, chain, average), donate_argnums=0,
+                 out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, abstract), None))
 
 
 def held_out_loss(parts: Parts, config: ConfigDict, frozen: step.Frozen,
                   captions: Captions | None) -> Callable[[state.TrainState], dict[str, float]]:
   """state -> held-out loss of the averaged parameters in each bin of noise time, on the same clips at every call."""
+  clips, parts = loader(parts, config, "held_out", parts.buckets[:1]), parts.of(parts.buckets[0])
   measure = jax.jit(step.make_held_out(parts.method))
-  clips = loader(parts, config, "held_out", parts.buckets[:1])
   wanted = zip(range(config.train.held_out_batches), clips, strict=False)
   batches = [to_devices(parts, captions, batch) for _, batch in wanted]
   clips.close()
 
   def measures(now: state.TrainState) -> dict[str, float]:
-    average = offload.on_device(now.ema)
-    bins = np.mean([measure(average, batch, number, frozen) for number, batch in enumerate(batches)], axis=0)
+    bins = np.mean([measure(now.ema, batch, number, frozen) for number, batch in enumerate(batches)], axis=0)
     names = [f"held_out/t {(k + 0.5) / step.BINS:.1f}" for k in range(step.BINS)]
     return {"held_out": float(bins.mean()), **{name: float(value) for name, value in zip(names, bins, strict=True)}}
 
@@ -170,18 +166,24 @@ def train(config: ConfigDict, folder: Path, say: Callable[[str], None] = print) 
         now = make(start)
       frozen = frozen.replace(base=start if parts.lora else None)
       del start  # what was trained from it is a copy
-      run = compiled_step(parts, chain, config, abstract)
+      ways = {bucket: parts.of(bucket) for bucket in parts.buckets}
+      runs = {there.mesh: compiled_step(there, chain, config, abstract) for there in ways.values()}
+
+      def way(batch: dict) -> Parts:
+        return ways[_bucket_of(parts, batch)]
+
       say(f"{meshes.describe(parts.mesh)}; {parameters(parts)}; {batches.length} clips.")
       peak = report.peak(meshes.device_kind(parts.mesh))
       clock = report.Clock(peak=peak and peak * parts.mesh.size)
       with report.Report(folder, began, config.train.steps, meshes.leads()) as out:
         effects = loop.Effects(
-          place=partial(to_devices, parts, captions), work=lambda batch: parts.work(_bucket_of(parts, batch)),
+          place=lambda batch: to_devices(way(batch), captions, batch),
+          work=lambda batch: parts.work(_bucket_of(parts, batch)),
           held_out=held_out_loss(parts, config, frozen, captions) if config.train.held_out else lambda _: {},
           save=lambda number, now, position: checkpoints.save(number, now, position, plain),
           wait=checkpoints.wait, report=out, say=out.say)
-        now, number, stopped = loop.run(now, lambda now, batch: run(now, batch, frozen), batches, due, effects, stop,
-                                        clock)
+        now, number, stopped = loop.run(now, lambda now, batch: runs[way(batch).mesh](now, batch, frozen), batches, due,
+                                        effects, stop, clock)
     batches.close()
     for name, reason in sorted(set(batches.bad)):  # each process tells of the records that it alone has read
       (say if meshes.leads() else partial(print, file=sys.stderr))(f"{processes.name()}left out: {name}: {reason}")
@@ -201,13 +203,12 @@ def _bucket_of(parts: Parts, batch: dict) -> Bucket:
 class Account(NamedTuple):
   """What a step of a bucket takes of each device, in bytes.
 
-  kept: state and batch; worked: beside them, at most; host: in its host's memory; sent: collectives; None if the
-  compiler found it too large; hidden: of `traffic`.
+  kept: state and batch; worked: beside them, at most; sent: collectives; None if the compiler found it too large;
+  hidden: of `traffic`.
   """
 
   kept: int
   worked: int
-  host: int
   sent: dict[str, Sent] | None
   hidden: tuple[int, int] = (0, 0)
 
@@ -216,16 +217,17 @@ def account(parts: Parts, config: ConfigDict, bucket: Bucket) -> Account:
   """Compiles the training step of a bucket for the devices of the parts' mesh, which need not be here."""
   chain, _ = optimizer.build(parts.optimizer, abstract_trained(parts))
   abstract, _ = training_state(parts, chain)
-  run = compiled_step(parts, chain, config, abstract)
-  given = abstract, abstract_batch(parts, bucket), abstract_frozen(parts, config)
-  lowered, aside = run.lower(*given), sum(map(offload.held, jax.tree.leaves(abstract)))
+  there = parts.of(bucket)
+  run = compiled_step(there, chain, config, abstract)
+  given = abstract, abstract_batch(there, bucket), abstract_frozen(parts, config)
+  lowered = run.lower(*given)
   try:
     program = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
-    kept = sum(targets.held(leaf) for leaf in jax.tree.leaves(given)) - aside
-    return Account(kept, targets.wanted(error, kept), aside, None)
+    kept = sum(targets.held(leaf) for leaf in jax.tree.leaves(given))
+    return Account(kept, targets.wanted(error, kept), None)
   text = program.as_text()
-  return Account(*targets.memory(program, parts.mesh, aside), traffic.sent(text), traffic.hidden(text))
+  return Account(*targets.memory(program, parts.mesh), traffic.sent(text), traffic.hidden(text))
 
 
 def dry_run(config: ConfigDict, say: Callable[[str], None] = print, target: str = "") -> None:
@@ -238,11 +240,10 @@ def dry_run(config: ConfigDict, say: Callable[[str], None] = print, target: str 
   say(f"network     {parameters(parts)}")
   for bucket in parts.buckets:
     (f, n), (tokens, flops) = parts.frame_tokens(bucket), parts.work(bucket)
-    kept, worked, host, sent, hidden = account(parts, config, bucket)
+    kept, worked, sent, hidden = account(parts, config, bucket)
     say(f"bucket      {bucket}: {f} frames x {n} tokens x {bucket.batch} clips = {tokens:,} tokens a step, "
         f"{flops:.3g} model FLOPs a step, {flops / parts.mesh.size:.3g} a device; memory of a device "
-        f"{(kept + worked) / 2**20:.1f} MiB: {kept / 2**20:.1f} state and batch, {worked / 2**20:.1f} at work"
-        + (f"; {host / 2**20:.1f} MiB of its host's" if host else ""))
+        f"{(kept + worked) / 2**20:.1f} MiB: {kept / 2**20:.1f} state and batch, {worked / 2**20:.1f} at work")
     if target:
       say(f"fits        {targets.verdict(target, kept + worked)}")
     if sent is not None:

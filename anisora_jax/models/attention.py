@@ -17,11 +17,12 @@ from jaxtyping import Array, Float
 
 from anisora_jax.errors import BadInput, pick
 from anisora_jax.models.kernels import LOCAL, Local
-from anisora_jax.parallel.mesh import BATCH
+from anisora_jax.parallel.mesh import BATCH, CLIP, clip_shards
 from anisora_jax.parallel.ring import AllIds, Route, ring
 from anisora_jax.parallel.ulysses import ulysses
 from anisora_jax.shapes import Heads, Segments
 
+STRAIGHT = ("cpu",)  # platforms on which rings are no loops, see `Route`
 # The name of what cross-attention gives, which no policy keeps: its few keys are soon worked again, and over the layers
 # of a long clip it is as large as what self-attention gives.
 TO_TEXT = "attention to text"
@@ -37,19 +38,20 @@ def check(pattern: str, kernel: str, mesh: Mesh, heads: int, dtype: str, ids: bo
   asked = pick(LOCAL, kernel, "attention kernel")
   if heads % mesh.shape["tensor"]:
     raise BadInput(f"{heads} heads do not divide by mesh axis tensor = {mesh.shape['tensor']}: choose a divisor.")
-  seq, own = mesh.shape["seq"], heads // mesh.shape["tensor"]
-  if seq > 1 and pattern == "full":
+  shards, own = clip_shards(mesh), heads // mesh.shape["tensor"]
+  if shards > 1 and pattern == "full":
     others = ", ".join(repr(name) for name in PATTERNS if name != pattern)
-    raise BadInput(f"pattern 'full' needs mesh axis seq = 1, got {seq}: use {others}.")
-  together = scheme.together(seq, own)
+    raise BadInput(f"pattern 'full' needs mesh axes clip x seq = 1, got {shards}: use {others}.")
+  together = scheme.together(shards, own)
   if own % together:
-    raise BadInput(f"pattern {pattern!r} needs the heads of a device to divide by mesh axis seq = {seq}, got {own} "
+    raise BadInput(f"pattern {pattern!r} needs the heads of a device to divide by clip x seq = {shards}, got {own} "
                    f"({heads} over tensor = {mesh.shape['tensor']}): use 'hybrid' or 'ring'.")
   platform = mesh.devices.flat[0].platform
   needs = [  # (what the kernel says where it cannot, whether a kernel can)
     (f"needs a {(asked.platform or '').upper()}, here is a {platform}", lambda x: x.platform in (None, platform)),
     (f"works in {' or '.join(asked.dtypes)}, not in {dtype}", lambda x: dtype in x.dtypes),
-    (f"returns no log-sum-exp, which a ring over seq = {seq} needs", lambda x: x.block is not None or seq == together),
+    (f"returns no log-sum-exp, which a ring of {shards // together} needs",
+     lambda x: x.block is not None or shards == together),
     ("takes no segment ids or padding", lambda x: x.ids or not ids),
     ("has no backward pass", lambda x: x.trains or not trains)]
   able = [name for name, local in LOCAL.items() if all(can(local) for _, can in needs)]
@@ -59,23 +61,24 @@ def check(pattern: str, kernel: str, mesh: Mesh, heads: int, dtype: str, ids: bo
 
 
 class Pattern(NamedTuple):
-  """Every token sees every token of its clip; tokens split over the mesh axis seq.
+  """Every token sees every token of its clip; tokens split over the mesh axes clip and seq.
 
-  together: (devices of seq, heads of a device) -> how many neighbours of seq exchange heads for tokens, as `ulysses`
-  says; rings join what is left. both: whether keys travel both ways round a ring.
+  together: (devices that share a clip, heads of a device) -> how many neighbours exchange heads for tokens, as
+  `ulysses` says; rings join what is left. both: whether keys travel both ways round a ring.
   """
 
   together: Callable[[int, int], int]
   both: bool = False
 
   def __call__(self, q: Heads, k: Heads, v: Heads, segments: Segments | None, mesh: Mesh, kernel: str) -> Heads:
-    seq, local = mesh.shape["seq"], LOCAL[kernel]
-    together = self.together(seq, q.shape[-2] // mesh.shape["tensor"])
+    shards, local = clip_shards(mesh), LOCAL[kernel]
+    together = self.together(shards, q.shape[-2] // mesh.shape["tensor"])
     inner = partial(_alone, kernel=local)
-    if together < seq:
-      inner = partial(ring, route=Route("seq", together, self.both), kernel=local.block)
+    if together < shards:
+      straight = mesh.devices.flat[0].platform in STRAIGHT
+      inner = partial(ring, route=Route(CLIP, together, self.both, straight), kernel=local.block)
     if together > 1:
-      inner = partial(ulysses, axis="seq", together=together, inner=inner)
+      inner = partial(ulysses, axes=CLIP, together=together, inner=inner)
     return _over_shards(inner, mesh, local, q, k, v, segments)
 
 
@@ -87,15 +90,15 @@ def _alone(q: Array, k: Array, v: Array, ids: AllIds, kernel: Local) -> Array:
 def _over_shards(body: Callable, mesh: Mesh, kernel: Local, q: Heads, k: Heads, v: Heads, segments: Segments | None):
   """Runs `body` on each device's tokens, frames flattened: attention does not care about the order of tokens.
 
-  It gets the segments of all devices' tokens, [seq, b, l]: they weigh little, and need not be sent where all are known.
+  It gets the segments of all tokens, [clip seq, b, l]: they weigh little, and need not be sent where all are known.
   """
   def flat(q, k, v, ids):
     shape = q.shape
     return body(*(x.reshape(shape[0], -1, *shape[-2:]) for x in (q, k, v)), ids).reshape(shape)
 
   if segments is not None:
-    segments = rearrange(segments, "b f (r n) -> r b (f n)", r=mesh.shape["seq"])
-  heads = P(BATCH, None, "seq", "tensor", None)
+    segments = rearrange(segments, "b (c f) (r n) -> (c r) b (f n)", c=mesh.shape["clip"], r=mesh.shape["seq"])
+  heads = P(BATCH, *CLIP, "tensor", None)
   return jax.shard_map(flat, mesh=mesh, in_specs=(heads, heads, heads, P(None, BATCH)), out_specs=heads,
                        check_vma=kernel.typed)(q, k, v, segments)
 
@@ -105,10 +108,10 @@ def to_text(q: Heads, k: Float[Array, "b s a k"], v: Float[Array, "b s a k"], me
   local = LOCAL[kernel]
 
   def flat(q, k, v):
-    k, v = (lax.pcast(x, "seq", to="varying") for x in (k, v))  # their gradients are summed over the shards
+    k, v = (lax.pcast(x, CLIP, to="varying") for x in (k, v))  # their gradients are summed over the shards
     return local.attend(q.reshape(q.shape[0], -1, *q.shape[-2:]), k, v, None, TO_TEXT).reshape(q.shape)
 
-  heads, words = P(BATCH, None, "seq", "tensor", None), P(BATCH, None, "tensor", None)
+  heads, words = P(BATCH, *CLIP, "tensor", None), P(BATCH, None, "tensor", None)
   return jax.shard_map(flat, mesh=mesh, in_specs=(heads, words, words), out_specs=heads,
                        check_vma=local.typed)(q, k, v)
 

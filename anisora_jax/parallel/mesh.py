@@ -1,7 +1,9 @@
 """Devices and hosts become one named mesh; host batches become global arrays.
 
-Axes: data (replicas of the weights), fsdp (weights and batch split), seq (tokens of a frame split), tensor (heads and
-MLP split). Any may be 1. This is the only file that asks for devices.
+Axes: data (replicas of the weights), fsdp (batch split), clip (frames of a clip split), seq (tokens of a frame split),
+tensor (heads and MLP split). Any may be 1. Weights are split over fsdp, clip and seq together, which is why the same
+devices may be grouped otherwise for another bucket, and no parameter moves: see `view`. This is the only file that asks
+for devices.
 """
 
 import math
@@ -15,8 +17,10 @@ from jax.sharding import PartitionSpec as P
 
 from anisora_jax.errors import BadInput, nearest
 
-AXES = ("data", "fsdp", "seq", "tensor")
+AXES = ("data", "fsdp", "clip", "seq", "tensor")
 BATCH = ("data", "fsdp")  # the axes that split a batch
+CLIP = ("clip", "seq")  # those that split the tokens of one clip
+WEIGHTS = ("fsdp", *CLIP)  # those that split weights
 
 
 def simulate(count: int) -> None:
@@ -57,6 +61,21 @@ def build(sizes: Mapping[str, int] | None = None, count: int | None = None, alon
     return Mesh(split, AXES, axis_types=types)
 
 
+def view(mesh: Mesh, seq: int) -> Mesh:
+  """The same devices in the same order, `seq` of them to the tokens of a frame: what one has less, fsdp has more.
+
+  Weights lie as they lay, since fsdp x clip x seq stays, so programs of several views work on the same parameters.
+  Raises BadInput where fsdp x seq does not divide.
+  """
+  sizes = dict(mesh.shape)
+  both = sizes["fsdp"] * sizes["seq"]
+  if both % seq:
+    raise BadInput(f"{seq} devices cannot share a clip: mesh fsdp x seq = {both} does not divide by {seq}; choose a "
+                   "divisor, or other mesh axes.")
+  shape = [{**sizes, "fsdp": both // seq, "seq": seq}[axis] for axis in AXES]
+  return mesh if seq == sizes["seq"] else Mesh(mesh.devices.reshape(shape), AXES, axis_types=mesh.axis_types)
+
+
 def _text(shape: list[int]) -> str:
   return " x ".join(f"{axis} {size}" for axis, size in zip(AXES, shape, strict=True))
 
@@ -69,6 +88,11 @@ def describe(mesh: Mesh) -> str:
 def device_kind(mesh: Mesh) -> str:
   """The hardware's own name, "cpu" or "NVIDIA H200"."""
   return mesh.devices.flat[0].device_kind
+
+
+def clip_shards(mesh: Mesh) -> int:
+  """Over how many devices a clip's tokens are split."""
+  return math.prod(mesh.shape[axis] for axis in CLIP)
 
 
 def batch_shards(mesh: Mesh) -> int:

@@ -19,7 +19,7 @@ from anisora_jax.parallel.mesh import BATCH
 
 Leaf = jax.ShapeDtypeStruct | jax.Array | np.ndarray
 Rules = Sequence[tuple[str, P]]
-TOKENS = P(BATCH, None, "seq", None)  # [b/(data fsdp), f, n/seq, d]
+TOKENS = P(BATCH, "clip", "seq", None)  # [b/(data fsdp), f/clip, n/seq, d]
 
 
 def path_text(path: tuple) -> str:

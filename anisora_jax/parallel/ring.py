@@ -51,17 +51,20 @@ class Kernel(NamedTuple):
 class Route(NamedTuple):
   """How blocks travel; its methods are called inside shard_map.
 
-  axis: of the mesh. apart: devices of the axis that are so far apart form a ring, and there are as many rings. both:
-  half of every block goes forward and half back. Two devices have but one neighbour, and one way.
+  axes: of the mesh, as one. apart: their devices that are so far apart form a ring, and there are as many rings. both:
+  half of every block goes forward and half back. Two devices have but one neighbour, and one way. straight: turns are
+  written out, not a loop, as simulated devices need: there collectives beside a loop, as the gathers of other weights,
+  may overtake those inside on some devices and not on others, and all wait forever (jax 0.10.2).
   """
 
-  axis: str
+  axes: tuple[str, ...]
   apart: int = 1
   both: bool = False
+  straight: bool = False
 
   def size(self) -> int:
     """Devices of a ring."""
-    return lax.axis_size(self.axis) // self.apart
+    return lax.axis_size(self.axes) // self.apart
 
   def ways(self, length: int) -> list[tuple[int, slice]]:
     """(direction, its part of a block of so many tokens)."""
@@ -72,10 +75,10 @@ class Route(NamedTuple):
 
   def send(self, block: tuple[Array, ...]) -> tuple[Array, ...]:
     """Passes arrays [b, s, ...] on to the next devices."""
-    devices = lax.axis_size(self.axis)
+    devices = lax.axis_size(self.axes)
 
     def on(x):
-      parts = [lax.ppermute(x[:, part], self.axis, [(i, (i + way * self.apart) % devices) for i in range(devices)])
+      parts = [lax.ppermute(x[:, part], self.axes, [(i, (i + way * self.apart) % devices) for i in range(devices)])
                for way, part in self.ways(x.shape[1])]
       return jnp.concatenate(parts, 1) if len(parts) > 1 else parts[0]
 
@@ -85,7 +88,7 @@ class Route(NamedTuple):
     """Of this device's queries, and of the keys that are here at that turn."""
     if ids is None:
       return None
-    own = lax.axis_index(self.axis) // self.apart
+    own = lax.axis_index(self.axes) // self.apart
     parts = [ids[(own - way * turn) % self.size()][:, part] for way, part in self.ways(ids.shape[-1])]
     return ids[own], jnp.concatenate(parts, 1)
 
@@ -112,7 +115,7 @@ def _forward(q, k, v, ids, route: Route, kernel: Kernel) -> tuple[Array, Array]:
     return (merge(result, kernel.forward(q, *block, route.ids(ids, turn))), arriving), None
 
   if size > 1:  # the last block is not passed on
-    (result, block), _ = lax.scan(step, (result, arriving), jnp.arange(1, size - 1))
+    (result, block), _ = lax.scan(step, (result, arriving), jnp.arange(1, size - 1), unroll=route.straight)
     result = merge(result, kernel.forward(q, *block, route.ids(ids, size - 1)))
   return result[0].astype(q.dtype), result[1]
 
@@ -151,7 +154,8 @@ def _ring_backward(route, kernel, saved, do):
   arriving = route.send((k, v)) if size > 1 else None
   dq, travelling = gradients((k, v), 0)
   if size > 1:
-    (dq, block, travelling), _ = lax.scan(step, (dq, arriving, travelling), jnp.arange(1, size - 1))
+    (dq, block, travelling), _ = lax.scan(step, (dq, arriving, travelling), jnp.arange(1, size - 1),
+                                            unroll=route.straight)
     travelling = route.send(travelling)
     dq_part, part = gradients(block, size - 1)
     dq, travelling = dq + dq_part, jax.tree.map(jnp.add, travelling, part)

@@ -18,17 +18,18 @@ from anisora_jax.parallel.ring import AllIds, Queries
 Inner = Callable[[Queries, Queries, Queries, Int[Array, "r b t"] | None], Queries]
 
 
-def ulysses(q: Queries, k: Queries, v: Queries, ids: AllIds, axis: str, together: int, inner: Inner) -> Queries:
+def ulysses(q: Queries, k: Queries, v: Queries, ids: AllIds, axes: tuple[str, ...], together: int,
+            inner: Inner) -> Queries:
   """Attention of q, k, v, this device's share of the tokens, by `inner`; call inside shard_map.
 
-  ids: of the tokens of all devices of the axis, whole on each; None: everything attends to everything. together: how
-  many neighbours exchange; it divides the axis and the heads. inner: (q, k, v, ids) -> o, of all tokens of the
+  ids: of the tokens of all devices of the mesh axes, whole on each; None: everything attends to everything. together:
+  how many neighbours exchange; it divides them and the heads. inner: (q, k, v, ids) -> o, of all tokens of the
   neighbours and of 1 / together of the heads; its ids are those of every group of neighbours, in their order.
   """
-  groups = np.arange(lax.axis_size(axis)).reshape(-1, together).tolist()
+  groups = np.arange(lax.axis_size(axes)).reshape(-1, together).tolist()
 
   def exchange(x, apart: int, joined: int):
-    return lax.all_to_all(x, axis, apart, joined, axis_index_groups=groups, tiled=True)
+    return lax.all_to_all(x, axes, apart, joined, axis_index_groups=groups, tiled=True)
 
   q, k, v = (exchange(x, 2, 1) for x in (q, k, v))
   ids = None if ids is None else rearrange(ids, "(r u) b l -> r b (u l)", u=together)

@@ -191,13 +191,18 @@ class WanDiT(nn.Module):
     seen = x if given is None else jnp.concatenate([x, given], axis=-1)
     tokens = to_patches(seen, size.patch)
     n = tokens.shape[2]
-    spare = -n % self.mesh.shape["seq"]  # padding tokens, seen by none, so that n divides by its mesh axis
-    tokens = jnp.pad(tokens, ((0, 0), (0, 0), (0, spare), (0, 0)))
+    # Padding, seen by none, so that frames and tokens of a frame divide by their mesh axes.
+    spare = (0, -f % self.mesh.shape["clip"]), (0, -n % self.mesh.shape["seq"])
+    tokens = jnp.pad(tokens, ((0, 0), *spare, (0, 0)))
     tokens = hold(linear(size.width, "patch_in", self.dtype, self.mesh)(tokens), self.mesh, TOKENS)
-    positions = jnp.pad(rope.grid(f, h // size.patch, w // size.patch), ((0, 0), (0, spare), (0, 0)))
-    segments = jnp.broadcast_to(jnp.where(jnp.arange(n + spare) < n, 0, -1), tokens.shape[:3]) if spare else None
+    positions = jnp.pad(rope.grid(f, h // size.patch, w // size.patch), (*spare, (0, 0)))
+    segments = None
+    if spare != ((0, 0), (0, 0)):
+      segments = jnp.broadcast_to(jnp.pad(jnp.zeros((f, n), jnp.int32), spare, constant_values=-1), tokens.shape[:3])
 
-    e, time = self._times(t if t.ndim == 2 else jnp.pad(t, ((0, 0), (0, 0), (0, spare))))
+    if t.shape[1] > 1:  # one time is every frame's
+      t = jnp.pad(t, ((0, 0), *spare)[:t.ndim])
+    e, time = self._times(t)
     text = jnp.pad(text, ((0, 0), (0, size.text_tokens - text.shape[1]), (0, 0)))
     text = MLP(size.width, size.width, self.dtype, self.mesh, init=SMALL, name="text")(text)
     text = hold(text, self.mesh, P(BATCH, None, None))
@@ -211,11 +216,11 @@ class WanDiT(nn.Module):
     stack = stack(size, self.mesh, self.pattern, self.kernel, self.dtype, self.gate, name="blocks")
     tokens, _ = stack(tokens, time, text, image, rope.turns(positions, size.head_width), segments)
     patches = hold(Head(size, self.mesh, name="head")(tokens, e), self.mesh, TOKENS)
-    return from_patches(patches[:, :, :n], size.patch, h, w)
+    return from_patches(patches[:, :f, :n], size.patch, h, w)
 
   def _times(self, t: Float[Array, "b _"] | Float[Array, "b f n"]) -> tuple[Float[Array, "b _ _ d"], Time]:
     """Noise times -> their embedding, and what the blocks are modulated with."""
-    width, of = self.size.width, TOKENS[1:3] if t.ndim == 3 else (None,)
+    width, of = self.size.width, TOKENS[1:t.ndim] if t.shape[1] > 1 else (None,) * (t.ndim - 1)
     e = nn.silu(linear(width, "time_in", jnp.float32, self.mesh, init=SMALL)(waves(t, self.size.waves)))
     e = linear(width, "time_out", jnp.float32, self.mesh, "out", SMALL)(e)
     e = hold(e, self.mesh, P(BATCH, *of, None))

@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from anisora_jax.models.blocks import KERNELS, RMSNorm
 from anisora_jax.models.wan.tokenizer import Tokenizer
 from anisora_jax.parallel import rows
-from anisora_jax.parallel.mesh import BATCH
+from anisora_jax.parallel.mesh import BATCH, WEIGHTS
 from anisora_jax.parallel.placement import hold
 from anisora_jax.shapes import Text
 
@@ -130,7 +130,7 @@ class UMT5(nn.Module):
     size = self.size
     table = self.param("embedding", initializers.normal(1.0), (size.vocabulary, size.width))
     # All ids against a share of the width: the table, a fifth of all weights, never moves.
-    x = hold(table[hold(ids, self.mesh, P())], self.mesh, P(None, None, ("fsdp", "tensor")))
+    x = hold(table[hold(ids, self.mesh, P())], self.mesh, P(None, None, (*WEIGHTS, "tensor")))
     x = hold(x.astype(jnp.float32), self.mesh, P(BATCH, None, None))
     buckets = jnp.asarray(distance_buckets(ids.shape[1], size.buckets, size.far))
     stack = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=(nn.broadcast,) * 2,
