@@ -30,15 +30,15 @@ from anisora_jax.experiment.parts import (
 )
 from anisora_jax.loaders.buckets import Bucket
 from anisora_jax.parallel import mesh as meshes
-from anisora_jax.parallel import placement, processes, targets, traffic
+from anisora_jax.parallel import offload, placement, processes, targets, traffic
 from anisora_jax.parallel.traffic import Sent
 from anisora_jax.training import loop, optimizer, report, state, step
 from anisora_jax.training.stop import Stop
 
 # What a run may be resumed with otherwise: where and how fast it runs and what it tells, not what it learns.
 MAY_CHANGE = ("mesh.*", "pretrained", "*.weights", "text.tokenizer", "model.attention", "model.kernel", "model.remat",
-              "data.threads", "data.records", "sample.*", "train.steps", "train.report", "train.held_out",
-              "train.checkpoint", "train.keep")
+              "optimizer.offload", "data.threads", "data.records", "sample.*", "train.steps", "train.report",
+              "train.held_out", "train.checkpoint", "train.keep")
 
 
 def abstract_batch(parts: Parts, bucket: Bucket) -> dict[str, jax.ShapeDtypeStruct]:
@@ -76,15 +76,18 @@ def training_state(parts: Parts, chain) -> tuple[PyTree, Callable[[PyTree | None
   make = partial(_state, parts, chain)
   shapes = jax.eval_shape(make, abstract_params(parts) if parts.lora else None, x)
   placed = placement.like(shapes, params, jax.tree.map(lambda leaf: leaf.sharding, params), parts.mesh)
+  if parts.offload:
+    placed = placed.replace(**{part: offload.on_host(getattr(shapes, part), getattr(placed, part))
+                               for part in ("opt", "ema")})
   abstract = jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), shapes, placed)
   return abstract, lambda base: jax.jit(make, out_shardings=placed)(base, x)
 
 
 def compiled_step(parts: Parts, chain, config: ConfigDict, abstract: PyTree):
   """The jitted training step of the buckets that group the devices as `parts` does; takes over the state's memory."""
-  average = partial(optimizer.ema, limit=config.optimizer.ema)
-  return jax.jit(step.make_step(parts.method, chain, average), donate_argnums=0,
-                 out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, abstract), None))
+  average, placed = partial(optimizer.ema, limit=config.optimizer.ema), jax.tree.map(lambda x: x.sharding, abstract)
+  work = step.make_step(parts.method, chain, average, partial(offload.fetched, placed=placed))
+  return jax.jit(work, donate_argnums=0, out_shardings=(placed, None))
 
 
 def held_out_loss(parts: Parts, config: ConfigDict, frozen: step.Frozen,
@@ -97,7 +100,8 @@ def held_out_loss(parts: Parts, config: ConfigDict, frozen: step.Frozen,
   clips.close()
 
   def measures(now: state.TrainState) -> dict[str, float]:
-    bins = np.mean([measure(now.ema, batch, number, frozen) for number, batch in enumerate(batches)], axis=0)
+    average = offload.on_device(now.ema)
+    bins = np.mean([measure(average, batch, number, frozen) for number, batch in enumerate(batches)], axis=0)
     names = [f"held_out/t {(k + 0.5) / step.BINS:.1f}" for k in range(step.BINS)]
     return {"held_out": float(bins.mean()), **{name: float(value) for name, value in zip(names, bins, strict=True)}}
 
@@ -203,12 +207,13 @@ def _bucket_of(parts: Parts, batch: dict) -> Bucket:
 class Account(NamedTuple):
   """What a step of a bucket takes of each device, in bytes.
 
-  kept: state and batch; worked: beside them, at most; sent: collectives; None if the compiler found it too large;
-  hidden: of `traffic`.
+  kept: state and batch; worked: beside them, at most; host: in its host's memory; sent: collectives; None if the
+  compiler found it too large; hidden: of `traffic`.
   """
 
   kept: int
   worked: int
+  host: int
   sent: dict[str, Sent] | None
   hidden: tuple[int, int] = (0, 0)
 
@@ -220,14 +225,14 @@ def account(parts: Parts, config: ConfigDict, bucket: Bucket) -> Account:
   there = parts.of(bucket)
   run = compiled_step(there, chain, config, abstract)
   given = abstract, abstract_batch(there, bucket), abstract_frozen(parts, config)
-  lowered = run.lower(*given)
+  lowered, aside = run.lower(*given), sum(map(offload.held, jax.tree.leaves(abstract)))
   try:
     program = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
-    kept = sum(targets.held(leaf) for leaf in jax.tree.leaves(given))
-    return Account(kept, targets.wanted(error, kept), None)
+    kept = sum(targets.held(leaf) for leaf in jax.tree.leaves(given)) - aside
+    return Account(kept, targets.wanted(error, kept), aside, None)
   text = program.as_text()
-  return Account(*targets.memory(program, parts.mesh), traffic.sent(text), traffic.hidden(text))
+  return Account(*targets.memory(program, parts.mesh, aside), traffic.sent(text), traffic.hidden(text))
 
 
 def dry_run(config: ConfigDict, say: Callable[[str], None] = print, target: str = "") -> None:
@@ -240,10 +245,11 @@ def dry_run(config: ConfigDict, say: Callable[[str], None] = print, target: str 
   say(f"network     {parameters(parts)}")
   for bucket in parts.buckets:
     (f, n), (tokens, flops) = parts.frame_tokens(bucket), parts.work(bucket)
-    kept, worked, sent, hidden = account(parts, config, bucket)
+    kept, worked, host, sent, hidden = account(parts, config, bucket)
     say(f"bucket      {bucket}: {f} frames x {n} tokens x {bucket.batch} clips = {tokens:,} tokens a step, "
         f"{flops:.3g} model FLOPs a step, {flops / parts.mesh.size:.3g} a device; memory of a device "
-        f"{(kept + worked) / 2**20:.1f} MiB: {kept / 2**20:.1f} state and batch, {worked / 2**20:.1f} at work")
+        f"{(kept + worked) / 2**20:.1f} MiB: {kept / 2**20:.1f} state and batch, {worked / 2**20:.1f} at work"
+        + (f"; {host / 2**20:.1f} MiB of its host's" if host else ""))
     if target:
       say(f"fits        {targets.verdict(target, kept + worked)}")
     if sent is not None:
