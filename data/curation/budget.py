@@ -129,15 +129,16 @@ class Choice:
 def choose(count: int, passes: int, law: Law = PUBLISHED) -> Choice:
   """The number of the best of `count` ranked clips, and the repetitions, of least loss after `passes` sample passes.
 
-  A larger pool is taken where two do equally well. Where the last repetitions bring next to nothing (GAIN) they are
-  left out, and passes fall below the budget.
+  No more clips are kept than are seen; a larger pool is taken where two do equally well. Where the last repetitions
+  bring next to nothing (GAIN) they are left out, and passes fall below the budget.
   """
   if count < 1 or passes < 1:
     raise BadInput(f"{passes} passes over {count} clips: both must be at least 1.")
-  sizes = sorted({round(size) for size in np.geomspace(1, count, min(SIZES, count))} | {min(passes, count)})
+  most = min(count, passes)
+  sizes = sorted({round(size) for size in np.geomspace(1, most, min(SIZES, most))})
   best, _ = _least(sizes, count, passes, law)
   at = sizes.index(best)
-  # The curve has one valley around the best of the sizes tried: every clip counts there, up to a fine enough step.
+  # Around the best of these every clip counts, up to a fine enough step.
   near = range(sizes[max(at - 1, 0)], sizes[min(at + 1, len(sizes) - 1)] + 1)
   sizes = sorted({*sizes, *(round(size) for size in np.linspace(near[0], near[-1], min(len(near), SIZES)))})
   best, losses = _least(sizes, count, passes, law)
