@@ -31,7 +31,11 @@ def _parse(arguments: list[str]) -> list[str]:
     rest = flags.FLAGS(arguments)
   except flags.UnrecognizedFlagError as error:
     sys.exit(_told(f"no flag is named --{error.flagname}: {errors.nearest(error.flagname, flags.FLAGS)}"))
-  except flags.Error as error:
+  except (AttributeError, KeyError) as error:
+    sys.exit(_told(f"no config field is named {' '.join(str(error.args[0]).split())}"))
+  except OSError as error:
+    sys.exit(_told(f"the config file cannot be read ({' '.join(str(error).split())[:200]}): give a file of configs/."))
+  except (flags.Error, ValueError, TypeError) as error:
     sys.exit(_told(" ".join(str(error).split())))
   if len(rest) > 1:
     sys.exit(_told(f"unexpected words {' '.join(rest[1:])}: flags are written --name value or --name=value."))

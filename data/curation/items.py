@@ -1,13 +1,23 @@
 """What passes between the stages: films, shots, candidates, and what was turned away and why.
 
-Frames are counted on a film's constant-rate timeline (`frames.paced`): frame n is shown at n / fps seconds, whatever the
-container says. Items are plain values of JSON, so that a stage's result can be stored, compared and read by people.
+Frames are counted on a film's constant-rate timeline (`frames.paced`): frame n is shown at n / fps seconds, whatever
+the container says. Items are plain values of JSON, so that a stage's result can be stored, compared and read by people.
 """
 
 from dataclasses import dataclass, field
 from typing import Any
 
-STAGES = ("probe", "cut", "measure", "keep", "deduplicate", "describe", "pack")
+STAGES = ("probe", "cut", "measure", "keep", "deduplicate", "budget", "describe", "pack")
+
+
+@dataclass(frozen=True)
+class Source:
+  """A file that may be a film. key: names its results on disk. name: below the folder of films, posix. state: its size
+  and time of change, so that a file that changed is read anew."""
+  key: str
+  name: str
+  path: str
+  state: tuple[int, int]
 
 
 @dataclass(frozen=True)

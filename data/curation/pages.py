@@ -1,0 +1,189 @@
+"""What the report shows: samples drawn from what was kept and what was not, their previews, and the numbers."""
+
+import io
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from anisora_jax.loaders import records, video
+from curation import budget, frames, keep, pipeline, report
+from curation.child import Child, Lost
+from curation.items import Candidate, Film, Rejected, Source
+from curation.pipeline import Runner, Work
+from curation.select import Selection
+from curation.settings import Settings
+from curation.store import Store, digest, land
+
+FOLDER = "report"
+RATE, CRF = 15, 28  # of previews: frames a second at most, quality
+ROWS = 40           # of a table at most
+
+
+@dataclass(frozen=True)
+class Preview:
+  """A few seconds of a film to play. name: of the files, without suffix."""
+  film: Film
+  start: int
+  stop: int
+  box: tuple[int, int, int, int]
+  settings: report.Settings
+
+  @property
+  def name(self) -> str:
+    stop = min(self.stop, self.start + max(1, round(self.settings.seconds * self.film.fps)))
+    return digest(self.film.sha, self.film.fps, self.start, stop, self.box, self.settings.rows)[:24]
+
+
+def render(preview: Preview, folder: Path) -> None:
+  """Writes NAME.jpg and NAME.mp4. Raises video.Unreadable."""
+  film, rows = preview.film, min(preview.settings.rows, preview.film.height) // 2 * 2
+  scale, every = rows / film.height, max(1, math.ceil(film.fps / RATE - 1e-6))
+  top, left, height, width = preview.box
+  size = video.Size(max(2, round(height * scale) // 2 * 2), max(2, round(width * scale) // 2 * 2))
+  stop = min(preview.stop, preview.start + max(1, round(preview.settings.seconds * film.fps)))
+  corner = round(top * scale), round(left * scale)
+  shown = [video.fit(picture[corner[0]:corner[0] + size.height, corner[1]:corner[1] + size.width], size)
+           for number, picture in frames.paced(film, preview.start, stop, rows)
+           if (number - preview.start) % every == 0]
+  poster = io.BytesIO()
+  Image.fromarray(shown[len(shown) // 2]).save(poster, "JPEG", quality=85)
+  land(folder / f"{preview.name}.jpg", poster.getvalue())
+  land(folder / f"{preview.name}.mp4", video.encode(np.stack(shown), film.fps / every, CRF))
+
+
+def rendered(child: Child, preview: Preview, folder: Path) -> Iterator[None]:
+  """Beam's wrapper of `render`; a preview that cannot be made is left out."""
+  if not (folder / f"{preview.name}.mp4").is_file():
+    try:
+      child.call(render, preview, folder)
+    except Lost:
+      return
+  yield from ()
+
+
+def write(out: Path, found: Sequence[Source], selection: Selection, made: tuple, settings: Settings, store: Store,
+          runner: Runner) -> None:
+  """Writes OUT/report.html and OUT/report. made: (entries, index, funnel)."""
+  entries, index, funnel = made
+  kept = sorted(entries, key=lambda entry: digest(entry.candidate.shot.id))[:settings.report.kept]
+  measured = {candidate.shot.id: candidate for candidate in selection.measured}
+  lost = _lots([item for item in selection.rejected if item.what != item.film], settings.report.rejected)
+  previews = {entry.candidate.shot.id: _preview(entry.film, entry.candidate, settings) for entry in kept}
+  for item in lost:
+    previews[item.what] = _preview(selection.films[item.film], measured.get(item.what) or item, settings)
+  work = Work(rendered, (out / FOLDER,), settings.film.limits)
+  pipeline.each("previews", list(previews.values()), work, store.folder, runner)
+  names = {preview.name for preview in previews.values()}
+  for path in (out / FOLDER).glob("*"):
+    if path.stem not in names:
+      path.unlink()
+
+  def sample(name: str, caption: str, tags: list[str], reason: str = "", detail: str = "") -> report.Sample:
+    file = f"{FOLDER}/{previews[name].name}"
+    there = (out / f"{file}.mp4").is_file()
+    return report.Sample(name, caption, f"{file}.mp4" if there else "", f"{file}.jpg" if there else "", tags, reason,
+                         detail)
+
+  page = report.Report(
+    "Curated clips", _facts(found, selection, index), _steps(funnel["stages"]), _histograms(selection, settings.keep),
+    [sample(entry.candidate.shot.id, entry.caption, _tags(entry.candidate, entry.licence)) for entry in kept],
+    [sample(item.what, "", _tags(measured[item.what]) if item.what in measured else [], f"{item.stage}: {item.reason}",
+            item.detail) for item in lost],
+    _tables(selection, funnel), _charts(selection, settings.budget))
+  land(out / "report.html", report.render(page).encode())
+
+
+def _lots(items: Sequence[Rejected], most: int) -> list[Rejected]:
+  """Some of the rejected shots, from every reason in turn, drawn by a hash of their names."""
+  groups: dict[str, list[Rejected]] = {}
+  for item in sorted(items, key=lambda item: digest(item.what)):
+    groups.setdefault(f"{item.stage} {item.reason}", []).append(item)
+  return report.spread(groups, most)
+
+
+def _preview(film: Film, of: Candidate | Rejected, settings: Settings) -> Preview:
+  """Of a shot; of one that ended at the cut only its first frame is known."""
+  if isinstance(of, Candidate):
+    return Preview(film, of.shot.start, of.shot.stop, of.shot.box, settings.report)
+  start = int(of.what.rpartition("/")[2])
+  return Preview(film, start, min(film.frames, start + round(2 * film.fps) + 1), (0, 0, film.height, film.width),
+                 settings.report)
+
+
+def _tags(candidate: Candidate, licence: str = "") -> list[str]:
+  """A clip's facts in a few words."""
+  out = [f"{(candidate.shot.stop - candidate.shot.start) / candidate.fps:.1f} s"] + [licence] * bool(licence)
+  for name, value in candidate.measures.items():
+    if isinstance(value, int | float) and not isinstance(value, bool):
+      out.append(f"{name.replace('_', ' ')} {value:.3g}")
+    else:
+      out.append(f"{name.replace('_', ' ')}: {value if isinstance(value, str) else ', '.join(map(str, value))}"[:80])
+  return out
+
+
+def _facts(found: Sequence[Source], selection: Selection, index: dict) -> dict[str, str]:
+  about = index["statistics"]
+  facts = {"files": f"{len(found):,}", "films that can be used": f"{len(selection.films):,}",
+           "shots measured": f"{len(selection.measured):,}", "clips": f"{about['clips']:,}",
+           "hours of clips": f"{about['hours']:.3g}"}
+  facts |= {f"clips to {split.replace('_', ' ')}": f"{index['splits'][split]['records']:,}" for split in records.SPLITS}
+  facts |= {"licences": ", ".join(f"{name} {count:,}" for name, count in about["licences"].items()),
+            "sizes": ", ".join(f"{name} ({count:,})" for name, count in list(about["sizes"].items())[:6])}
+  if selection.choice:
+    facts["passes over each clip"] = f"{selection.choice.repeats:.2f}"
+  return facts
+
+
+def _steps(stages: dict[str, dict]) -> list[report.Step]:
+  return [report.Step(stage, "films" if stage == "probe" else "clips" if stage == "pack" else "shots", row["in"],
+                      row["out"], row["why"]) for stage, row in stages.items()]
+
+
+def _histograms(selection: Selection, rules: keep.Settings) -> list[report.Histogram]:
+  """One of every measure that is a number."""
+  chosen = {candidate.shot.id for candidate in selection.chosen}
+  values: dict[str, tuple[list, list]] = {}
+  for candidate in selection.measured:
+    for name, value in candidate.measures.items():
+      if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        values.setdefault(name, ([], []))[candidate.shot.id not in chosen].append(float(value))
+  return [report.Histogram(name, kept, lost, [
+    limit for rule in rules.parsed if rule.measure == name for limit in (rule.low, rule.high) if math.isfinite(limit)])
+    for name, (kept, lost) in sorted(values.items())]
+
+
+def _tables(selection: Selection, funnel: dict) -> dict[str, list[list[str]]]:
+  whole = [item for item in selection.rejected if item.what == item.film]
+  tables = {"By source": [["source", "files", "films", "shots", "clips", "why not"]] + [
+    [source, *(f"{rows.get(stage, {}).get(way, 0):,}" for stage, way in (
+      ("probe", "in"), ("probe", "out"), ("cut", "in"), ("pack", "out"))), _reasons(rows)]
+    for source, rows in list(funnel["sources"].items())[:ROWS]]}
+  if whole:
+    tables["Films turned away"] = [["film", "stage", "reason", "detail"]] + [
+      [item.film, item.stage, item.reason.replace("_", " "), item.detail]
+      for item in sorted(whole, key=lambda item: item.film)[:ROWS]]
+  mended = Counter(repair for film in selection.films.values() for repair in film.repairs)
+  if mended:
+    tables["Mended while reading"] = [["what", "films"]] + [
+      [repair.replace("_", " "), f"{count:,}"] for repair, count in sorted(mended.items())]
+  return tables
+
+
+def _reasons(rows: dict[str, dict]) -> str:
+  reasons = Counter({f"{stage} {why}".replace("_", " "): count for stage, row in rows.items()
+                     for why, count in row["why"].items()})
+  commonest = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))[:4]
+  return ", ".join(f"{why} {count:,}" for why, count in commonest)
+
+
+def _charts(selection: Selection, settings: budget.Settings) -> dict:
+  if not selection.choice:
+    return {}
+  note = (f"Expected loss against how many of the {selection.ranked:,} ranked clips are trained on. Chosen: "
+          f"{selection.choice.keep:,} clips, {selection.choice.repeats:.2f} passes over each.")
+  return {"Budget": (budget.lines(selection.ranked, settings.passes, settings.law()), note)}
