@@ -6,8 +6,10 @@ A scene is a function from seconds to a picture, uint8 [H, W, 3]. A film is a li
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import cv2
 import numpy as np
 import toons
@@ -132,3 +134,48 @@ def _mix(a: np.ndarray, b, share: float) -> np.ndarray:
 
 def write(path: Path, frames: np.ndarray, fps: float, crf: int = 18) -> None:
   path.write_bytes(video.encode(frames, fps, crf))
+
+
+def pattern(count: int) -> np.ndarray:
+  """[count, 64, 96, 3]: a smooth picture without any symmetry, another for every frame."""
+  y, x = np.mgrid[:64, :96].astype(np.float32)
+  made = []
+  for n in range(count):
+    planes = (x * 2 + 20 * np.sin(n / 3), 255 - 3 * y + 2 * (n % 10), 128 + 100 * np.sin((x + 2 * y) / 20 + n / 4))
+    made.append(np.clip(np.stack(planes, -1), 16, 240).astype(np.uint8))
+  return np.stack(made)
+
+
+def store(path: Path, frames: np.ndarray, rate=24, codec: str = "libx264", pixels: str = "yuv420p", container=None,
+          **more) -> Path:
+  """Writes frames, uint8 or uint16 [F, h, w, 3], as asked for.
+
+  more: times (of each picture, in 1 / rate s), options (of the encoder), pixel (its width over its height), transfer
+  (of the colours, by FFmpeg's number; BT.2020 then), turn and flip (of the display matrix), front (index first, mp4).
+  """
+  flags = {"movflags": "faststart"} if more.get("front") else {}
+  with av.open(str(path), "w", format=container, options=flags) as file:
+    stream = file.add_stream(codec, rate=Fraction(rate))
+    _describe(stream, frames, pixels, more)
+    stream.codec_context.time_base = 1 / Fraction(rate)
+    for number, picture in enumerate(frames):
+      wide = picture.dtype == np.uint16
+      frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb48le" if wide else "rgb24")
+      frame = frame.reformat(format=pixels, dst_colorspace=9 if wide else None)
+      frame.pts, frame.time_base = more.get("times", range(len(frames)))[number], 1 / Fraction(rate)
+      file.mux(stream.encode(frame))
+    file.mux(stream.encode(None))
+  return path
+
+
+def _describe(stream, frames: np.ndarray, pixels: str, more: dict) -> None:
+  stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], pixels
+  context = stream.codec_context
+  context.thread_count = 1
+  context.options = {"x265-params": "log-level=none", **more.get("options", {})}
+  if "pixel" in more:
+    context.sample_aspect_ratio = more["pixel"]
+  if "transfer" in more:
+    context.color_trc, context.color_primaries, context.colorspace = more["transfer"], 9, 9
+  if "turn" in more:
+    stream.set_display_rotation(more["turn"], hflip=more.get("flip", False))

@@ -1,8 +1,8 @@
 """A film's frames as they are shown: upright, square pixels, SDR, even sides, at a constant rate.
 
-Frame n of a film is what is on the screen at n / fps seconds after its first picture: the latest picture whose time,
-rounded to frames, is not later. Films of constant rate so give every picture once; where pictures are missing or the
-rate varies, the one before is held, and what comes faster than fps is left out.
+Frame n of a film is what is on the screen at n / fps seconds after its first picture: the picture whose time, rounded
+to frames, is n, or else the latest before. Films of constant rate so give every picture once; where pictures are
+missing or the rate varies, the one before is held, and of pictures that come faster than fps the nearest is shown.
 
 Only bytes of a regular file reach FFmpeg, through a handle, never a name, and only the containers named here: so
 nothing in a name is a protocol or an option, and no playlist inside a file opens another one.
@@ -72,7 +72,8 @@ def opened(path: Path, threads: int = 1) -> Iterator:
       container = av.open(_Bytes(file), buffer_size=BUFFER, io_open=_no_other_file, metadata_errors="replace",
                           container_options={"format_whitelist": CONTAINERS})
     except (av.error.FFmpegError, OSError, ValueError) as error:
-      raise Refused("not_a_film", f"not a film, or cut off before its index ({error})") from error
+      why = getattr(error, "strerror", None) or str(error)
+      raise Refused("not_a_film", f"not a film, or cut off before its index ({why})") from error
     with container:
       streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
       if not streams:
@@ -110,19 +111,19 @@ def decoded(stream) -> Iterator[av.VideoFrame]:
 
 
 def _numbered(film: Film, stream, pictures: Iterator[av.VideoFrame], zero: int | None
-              ) -> Iterator[tuple[int, av.VideoFrame]]:
-  """Gives each picture its frame on the film's timeline. zero: time stamp of the film's first picture, if known."""
+              ) -> Iterator[tuple[float, av.VideoFrame]]:
+  """Gives each picture its time in frames of the film. zero: time stamp of the film's first picture, if known."""
   untimed = "untimed" in film.repairs
   for count, picture in enumerate(pictures):
     if untimed or picture.pts is None:
       yield count, picture
       continue
     zero = picture.pts if zero is None else zero
-    yield math.floor(float((picture.pts - zero) * stream.time_base) * film.fps + .5), picture
+    yield float((picture.pts - zero) * stream.time_base) * film.fps, picture
 
 
-def _from(film: Film, start: int) -> Iterator[tuple[int, av.VideoFrame]]:
-  """Numbered pictures from one shown at frame `start` or earlier on."""
+def _from(film: Film, start: int) -> Iterator[tuple[float, av.VideoFrame]]:
+  """Pictures with their times from one shown at frame `start` or earlier on."""
   if start > 0 and "untimed" not in film.repairs:
     for margin in MARGINS:
       if start / film.fps <= margin + 1:
@@ -135,7 +136,7 @@ def _from(film: Film, start: int) -> Iterator[tuple[int, av.VideoFrame]]:
           first = next(numbered)
         except (av.error.FFmpegError, video.Unreadable):
           continue
-        if first[0] <= start:
+        if first[0] < start + .5:
           yield first
           yield from numbered
           return
@@ -152,14 +153,16 @@ def pictures(film: Film, start: int = 0, stop: int | None = None) -> Iterator[tu
   stop, asked = (film.frames, False) if stop is None else (stop, True)
   number, held, why = start, None, "the film ends"
   try:
-    for place, picture in _from(film, start):
+    for time, picture in _from(film, start):
+      place, off = math.floor(time + .5), abs(time - math.floor(time + .5))
       while held is not None and number < min(place, stop):
         yield number, held[1]
         number += 1
       if number >= stop:
         return
-      if held is None or place >= held[0]:
-        held = (place, picture)
+      # Of several pictures for one frame the nearest is shown.
+      if held is None or place > held[0] or (place == held[0] and off <= held[2]):
+        held = (place, picture, off)
   except Refused:
     raise
   except video.Unreadable as error:

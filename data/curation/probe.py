@@ -7,6 +7,7 @@ while reading is named in Film.repairs, and `frames` mends it.
 import hashlib
 import itertools
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -82,7 +83,7 @@ def _film(path: Path, name: str, stream, first: list, timing: tuple, settings: S
   repairs += turned
   if tone.is_hdr(picture):
     repairs += ("hdr",)
-  if not whole or count < stream.frames * (fps / float(stream.average_rate or fps)) - 1:
+  if not whole or count / fps < _claimed_seconds(stream) - 1:
     repairs += ("truncated",)
   with open(path, "rb") as file:
     sha = hashlib.file_digest(file, "sha256").hexdigest()
@@ -90,14 +91,23 @@ def _film(path: Path, name: str, stream, first: list, timing: tuple, settings: S
               tuple(word for word in REPAIRS if word in repairs))
 
 
+def _claimed_seconds(stream) -> float:
+  """How long the container says its pictures last, 0 where it does not say. Matroska says it in a tag of the stream."""
+  if stream.duration:
+    return float(stream.duration * stream.time_base)
+  tag = re.fullmatch(r"(\d+):(\d+):(\d+\.?\d*)", stream.metadata.get("DURATION", "").strip("\0 "))
+  return sum(float(part) * unit for part, unit in zip(tag.groups(), (3600, 60, 1), strict=True)) if tag else 0.
+
+
 def _stamps(stream) -> tuple[list[float | None], bool]:
   """Times of all pictures in seconds, in the order stored, from the container alone; and whether it ends as it should.
 
   Eight bytes a picture are kept: the only thing in curation that grows with a film's length, besides its shots.
   """
-  stamps, before = [], None
+  stamps, before, count = [], None, 0
   try:
     for packet in stream.container.demux(stream):
+      count += bool(packet.size)
       if not packet.size or packet.is_discard:
         continue
       backward = packet.dts is not None and before is not None and packet.dts < before
@@ -105,7 +115,7 @@ def _stamps(stream) -> tuple[list[float | None], bool]:
       stamps.append(None if packet.pts is None or backward else float(packet.pts * stream.time_base))
   except (frames.av.error.FFmpegError, OSError):
     return stamps, False
-  return stamps, True
+  return stamps, count >= stream.frames
 
 
 def pacing(stamps: Sequence[float | None], stated: Sequence[Fraction | None], settings: Settings
@@ -141,7 +151,7 @@ def pacing(stamps: Sequence[float | None], stated: Sequence[Fraction | None], se
   if fps > settings.fastest:
     # A whole divisor leaves out every second or third frame evenly.
     fps, repairs = fps / np.ceil(fps / settings.fastest - 1e-9), (*repairs, "capped_rate")
-  return float(fps), int(np.floor(times[-1] * fps + .5)) + 1, repairs
+  return float(fps), int(np.ceil(times[-1] * fps - .5)) + 1, repairs
 
 
 def _known(rate: float) -> float:
