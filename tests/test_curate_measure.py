@@ -1,14 +1,20 @@
-"""What is measured of a shot is what was drawn: its motion, its camera, its text, how sharp and how flat it is."""
+"""What is measured of a shot is what was drawn: its motion, its camera, and all of it in one pass over a film."""
 
 import itertools
+import json
+from pathlib import Path
 
 import cartoon
 import cv2
 import numpy as np
 import pytest
 import toons
-from curation import motion
+from curation import frames, measure, motion, probe
+from curation.items import Film, Shot
+from PIL import Image, ImageDraw, ImageFont
 from scipy.stats import spearmanr
+
+from anisora_jax.loaders import video
 
 HEIGHT, WIDTH, FPS = 240, 416, 24
 
@@ -93,8 +99,8 @@ def test_the_three_definitions_of_motion_are_what_their_papers_say():
   # VBench compares the mean of the top 5 % with 6 min(H, W) / 256.
   assert motion.top_lengths(moved) / 6 == pytest.approx(lengths[:960].mean() / (6 * 120 / 256), rel=1e-5)
   larger = cv2.resize(moved, (320, 240), interpolation=cv2.INTER_NEAREST) * 2
-  for measure in (motion.length, motion.largest, motion.top_lengths):
-    assert measure(larger) == pytest.approx(measure(moved), rel=1e-5)  # the size of the pictures does not matter
+  for amount in (motion.length, motion.largest, motion.top_lengths):
+    assert amount(larger) == pytest.approx(amount(moved), rel=1e-5)  # the size of the pictures does not matter
 
 
 def camera_of(film: np.ndarray) -> str:
@@ -130,3 +136,87 @@ def test_runs_are_spread_over_all_frames_and_never_share_a_pair():
     middles = [0, *((run[0] + run[-1]) / 2 for run in runs), count - 1]
     assert np.diff(middles) == pytest.approx(np.array([1, 2, 2, 1]) * (count - 1) / 6, abs=1.01)
     assert all(one[-1] <= other[0] for one, other in itertools.pairwise(runs))
+
+
+# Whole shots of films
+
+def film_of(folder: Path, pictures: np.ndarray, name: str = "film.mp4") -> tuple[Film, Shot]:
+  (folder / name).write_bytes(video.encode(pictures, float(FPS)))
+  film = probe.probe(folder / name, name, probe.Settings())
+  return film, Shot(name, 0, len(pictures), (0, 0, *pictures.shape[1:3]))
+
+
+@pytest.fixture(scope="module")
+def pan(tmp_path_factory) -> tuple[Film, Shot, np.ndarray]:
+  pictures = filmed(still(2), "pan left", .2, 60)
+  return *film_of(tmp_path_factory.mktemp("pan"), pictures), pictures
+
+
+def test_a_shot_has_every_measure_and_they_are_those_of_its_frames(pan):
+  film, shot, pictures = pan
+  found = measure.measure(film, shot, measure.Settings())
+  assert set(found) == set(measure.Settings().names())
+  assert found["camera"] == "pan left" and found["camera_speed"] == pytest.approx(.2, rel=.1)
+  assert found["motion"] == pytest.approx(motion.motion(pictures), rel=.15)
+  assert found["motion_per_second"] == pytest.approx(FPS * found["motion"], rel=.01)
+  assert found["brightness"] == pytest.approx(pictures[10:50].mean() / 255, abs=.05)
+  assert found["text_area"] == 0
+  assert json.loads(json.dumps(found)) == found == measure.measure(film, shot, measure.Settings())
+
+
+def test_motion_of_shots_rises_with_their_true_motion(tmp_path):
+  speeds = np.random.default_rng(0).permutation(np.geomspace(.01, 1.5, 12))
+  film, _ = film_of(tmp_path, np.concatenate([filmed(still(k % 4, 2), ("pan right", "tilt up")[k % 2], speed, 16)
+                                              for k, speed in enumerate(speeds)]))
+  box, settings = (0, 0, HEIGHT, WIDTH), measure.Settings(text_detector="none")
+  found = [measure.measure(film, Shot(film.name, 16 * k, 16 * (k + 1), box), settings) for k in range(len(speeds))]
+  assert spearmanr(speeds, [one["motion_per_second"] for one in found]).statistic >= .95
+
+
+def test_what_lies_outside_the_box_is_not_measured(pan, tmp_path):
+  _, _, pictures = pan
+  page, font = Image.new("RGB", (WIDTH, HEIGHT + 80)), ImageFont.load_default(30)
+  ImageDraw.Draw(page).text((WIDTH / 2, HEIGHT + 60), "Wait for me at the river", "white", font, "ms")
+  framed = np.repeat(np.asarray(page)[None], len(pictures), 0)
+  framed[:, 20:20 + HEIGHT] = pictures
+  film, whole = film_of(tmp_path, framed)
+  inner = Shot(film.name, 0, 60, (20, 0, HEIGHT, WIDTH))
+  settings = measure.Settings(height=240)
+  inside, bare = measure.measure(film, inner, settings), measure.measure(*pan[:2], settings)
+  assert inside["text_area"] == 0 < .02 < measure.measure(film, whole, settings)["text_area"]
+  for name in ("brightness", "contrast", "saturation", "motion", "camera_speed", "flatness"):
+    assert inside[name] == pytest.approx(bare[name], rel=.06), name
+
+
+def test_text_counts_by_the_time_it_stands(tmp_path):
+  pictures = np.repeat(still(4, 1)[None], 8 * FPS, 0)
+  subtitled, font = Image.fromarray(pictures[0]), ImageFont.load_default(22)
+  ImageDraw.Draw(subtitled).text((WIDTH / 2, 225), "Original story and screenplay", "white", font, "ms",
+                                 stroke_width=2, stroke_fill="black")
+  always = pictures.copy()
+  always[:] = np.asarray(subtitled)
+  pictures[:4 * FPS] = always[0]
+  settings = measure.Settings(text_seconds=2)
+  half, full = (measure.measure(*film_of(tmp_path, seen), settings)["text_area"] for seen in (pictures, always))
+  assert full > .04 and half == pytest.approx(full / 2, rel=.05)
+
+
+def test_a_shot_is_read_once_and_few_of_its_frames_are_held(pan, monkeypatch):
+  film, shot, _ = pan
+  reads, held, read = [], [], frames.pictures
+  monkeypatch.setattr(frames, "pictures", lambda *where: reads.append(where) or read(*where))
+  add = measure._Moves.add
+  monkeypatch.setattr(measure._Moves, "add", lambda moves, *seen: (add(moves, *seen), held.append(len(moves.held))))
+  measure.measure(film, shot, measure.Settings(text_detector="none"))
+  assert len(reads) == 1 and max(held) <= 4
+  for seconds in (10, 1000):
+    moves = measure._Moves(film, Shot("long", 0, seconds * FPS, (0, 0, HEIGHT, WIDTH)))
+    assert len(moves.wanted) <= measure.MOST_RUNS * (motion.RUN + 1)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 7])
+def test_shots_of_a_few_frames_have_what_can_be_measured(pan, length):
+  film, _, _ = pan
+  found = measure.measure(film, Shot(film.name, 30, 30 + length, (0, 0, HEIGHT, WIDTH)), measure.Settings())
+  assert ("motion" in found) == (length > 1) and ("camera" in found) == (length > 3)
+  assert found["sharpness"] > 0
