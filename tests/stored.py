@@ -7,7 +7,7 @@ import numpy as np
 from anisora_jax.loaders import latents, records
 from anisora_jax.loaders.latents import LatentClip, Shapes, View
 
-CELLS, CHANNELS, TEXT, IMAGE = (4, 6), 3, (5, 8), (2, 7)
+CELLS, CHANNELS, TEXT, IMAGE = (4, 6), 3, (5, 8), (2, 8)
 
 
 def frames_of(size: str, stride: int) -> int:

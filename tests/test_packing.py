@@ -1,19 +1,35 @@
 """Rows of several clips hold every clip once a pass, and train as if each clip had a row of its own."""
 
+import functools
 import itertools
 import json
 import math
+from dataclasses import replace
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import stored
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from quick import QUICK
 
+from anisora_jax import keys
+from anisora_jax.diffusion import path
+from anisora_jax.diffusion.times import PATTERNS, TimeDraw
 from anisora_jax.errors import BadInput
 from anisora_jax.loaders import buckets, packing
 from anisora_jax.loaders.assign import Deal
 from anisora_jax.loaders.mixture import Batches
+from anisora_jax.models.pixels import Pixels
+from anisora_jax.models.wan import placement as wan_placement
+from anisora_jax.models.wan.dit import WanDiT
+from anisora_jax.models.wan.sizes import Size
+from anisora_jax.parallel import mesh as meshes
+from anisora_jax.parallel import placement
+from anisora_jax.tasks.masks import Mixture
+from anisora_jax.training import step
 
 SIZES = {"17x32x48": 7, "9x32x48": 11, "5x32x48": 6, "1x32x48": 5, "9x16x16": 3}  # latent frames 5, 3, 2, 1
 HELD = {"9x32x48": 3, "5x32x48": 2}
@@ -89,7 +105,7 @@ def test_a_row_is_its_clips_one_after_the_other(folder):
   seen = set()
   for batch in draw(Batches(folder, deal(), fps=12), 20):
     for name, shape in (("latents", (4, 5, 4, 6, 3)), ("known", (4, 5, 4, 6, 3)), ("mask", (4, 20, 4, 6)),
-                        ("text", (4, 3, 5, 8)), ("image", (4, 3, 2, 7)), ("segment", (4, 5)), ("ok", (4, 3))):
+                        ("text", (4, 3, 5, 8)), ("image", (4, 3, 2, 8)), ("segment", (4, 5)), ("ok", (4, 3))):
       assert batch[name].shape == shape
     for row in range(4):
       segment, captions = batch["segment"][row], batch["caption"][row]
@@ -177,3 +193,146 @@ def test_all_lengths_of_a_row_are_met():
   found = list(itertools.chain.from_iterable(plan[row] for row in range(4 * plan.count)))
   for length, count in ((0, 5), (1, 7)):
     assert [place for one, place in found if one == length] == list(range(4 * count))
+
+
+# what is learned from them
+
+SIZE = Size(layers=2, width=48, heads=4, mlp=64, channels=3, given=7, text_width=8, text_tokens=6, image_width=8,
+            waves=16)
+NOW = 3
+
+
+def method_of(mesh, kernel="dense", pattern="independent", **more):
+  network = WanDiT(SIZE, mesh, "ring", kernel)
+
+  def velocity(params, x, t, given, text):
+    return network.apply({"params": params}, x, t, text, given.channels(), given.image, given.segment)
+
+  times = TimeDraw(per_frame=0.7, shift=3.0, pattern=pattern, block=2)
+  return step.Method(velocity, Pixels(temporal=4), Mixture({"none": 1.0}), times, weight="bell", drop_text=0.3, seed=5,
+                     **more)
+
+
+@functools.cache
+def parameters():
+  """Random ones: as they start, the velocity is 0, and nothing would be seen of the rest."""
+  draw, mesh = np.random.default_rng(0), meshes.build()
+  x, f = jnp.zeros((1, 2, *stored.CELLS, 3)), 2
+  shapes = jax.eval_shape(lambda: WanDiT(SIZE, mesh).init(
+    jax.random.key(0), x, jnp.zeros((1, f)), jnp.zeros((1, 6, 8)), jnp.zeros((1, f, *stored.CELLS, 7)),
+    jnp.zeros((1, *stored.IMAGE)))["params"])
+  return jax.tree_util.tree_map_with_path(
+    lambda at, leaf: np.float32(draw.normal(at[-1].key == "scale", 0.25, leaf.shape)), shapes)
+
+
+@functools.cache
+def packed_batch(folder):
+  """4 rows of up to 3 clips; what is in them is noise, and one could not be read."""
+  batch, draw = next(Batches(folder, deal(), fps=12, seed=2)), np.random.default_rng(1)
+  seen = (batch["segment"] >= 0)[..., None, None, None]
+  latents, known = (draw.normal(size=batch["latents"].shape) * seen for _ in range(2))
+  mask = draw.uniform(size=batch["mask"].shape) < 0.3
+  mask = mask | (np.arange(20) // 4 == 3)[:, None, None]  # some frames are given whole
+  for row, of in enumerate(batch["segment"]):
+    for frame in np.flatnonzero(np.diff(of, prepend=-1)):  # the first of each clip fills a latent frame
+      mask[row, 4 * frame:4 * frame + 4] = mask[row, 4 * frame + 3]
+  ok = batch["ok"].copy()
+  ok[1, 0] = 0
+  text, image = draw.normal(size=batch["text"].shape), draw.normal(size=batch["image"].shape)
+  made = {"latents": latents, "known": known, "mask": mask, "text": text, "image": image, "ok": ok}
+  return {name: x if x.dtype == bool else np.float32(x) for name, x in made.items()} | {"segment": batch["segment"]}
+
+
+def apart(batch):
+  """(number of the sample, the clip alone in a row of its own length), of every clip."""
+  for row, of in enumerate(batch["segment"]):
+    for k in range(of.max() + 1):
+      frames, = np.nonzero(of == k)
+      pixels = np.arange(4 * frames[0] + 3, 4 * frames[-1] + 4)  # frame 0 once
+      alone = {name: batch[name][row, frames][None] for name in ("latents", "known")}
+      alone |= {"mask": batch["mask"][row, pixels][None], "ok": batch["ok"][row, k][None]}
+      yield 3 * row + k, alone | {name: batch[name][row, k][None] for name in ("text", "image")}
+
+
+@functools.cache
+def one_by_one(folder, pattern):
+  """Loss and gradients of all clips, each in a row of its own, on one device, added up."""
+  method = method_of(meshes.build(), pattern=pattern)
+  slope = jax.jit(jax.value_and_grad(lambda params, batch, samples: step.sums(
+    params, method, batch, jnp.int32(NOW), samples), has_aux=True), compiler_options=QUICK)
+  found = [slope(parameters(), clip, np.array([number])) for number, clip in apart(packed_batch(folder))]
+  (total, count), grads = jax.tree.map(lambda *leaves: sum(map(np.float64, leaves)), *found)
+  assert count > 6
+  return total / count, jax.tree.map(lambda leaf: leaf / count, grads)
+
+
+ONE, EIGHT = {}, {"data": 2, "seq": 2, "clip": 2}
+
+
+@pytest.mark.parametrize(("sizes", "kernel", "pattern", "parts"), [
+  (ONE, "dense", "rolling", 1), (EIGHT, "dense", "rolling", 1), (ONE, "blockwise", "monotone", 2),
+  ({"fsdp": 2, "seq": 4}, "blockwise", "monotone", 2)])
+def test_clips_that_share_rows_teach_what_each_teaches_alone(folder, sizes, kernel, pattern, parts):
+  mesh = meshes.build(sizes) if sizes else meshes.build()
+  method = method_of(mesh, kernel, pattern, micro_batches=parts)
+  placed = placement.shardings([*wan_placement.RULES, *wan_placement.IMAGE_RULES], parameters(), mesh)
+  params = jax.tree.map(jax.device_put, parameters(), placed)
+  batch = meshes.to_devices(mesh, packed_batch(folder))
+  grads, loss = jax.jit(functools.partial(step.gradients, method), compiler_options=QUICK)(
+    params, batch, jnp.int32(NOW))
+  wanted, slopes = one_by_one(folder, pattern)
+  np.testing.assert_allclose(loss, wanted, rtol=1e-5)
+  for leaf, want in zip(jax.tree.leaves(grads), jax.tree.leaves(slopes), strict=True):
+    np.testing.assert_allclose(leaf, want, rtol=0, atol=1e-4 * abs(want).max())
+    assert abs(want).max() > 0
+
+
+@pytest.mark.parametrize("sizes", [ONE, EIGHT])
+def test_no_clip_of_a_row_sees_another(folder, sizes):
+  """The errors of one clip have exactly no slope on anything of the others, and do not change with it by a bit."""
+  mesh, batch = meshes.build(sizes) if sizes else meshes.build(), jax.tree.map(jnp.asarray, packed_batch(folder))
+  method, params = method_of(mesh), jax.tree.map(jnp.asarray, parameters())
+  row = next(row for row, of in enumerate(batch["segment"]) if of.max() == 1)
+
+  def errors(told):
+    it = step.lesson(replace(method, drop_text=0.0), {**batch, **told}, NOW, jnp.arange(12).reshape(4, 3),
+                     lambda purpose: keys.key(5, NOW, purpose))
+    x = path.noisy(it.clean, it.noise, it.t)
+    return jnp.square(method.velocity(params, x, it.t, it.given, it.text)).sum((2, 3, 4))
+
+  told = {name: batch[name] for name in ("text", "image", "latents", "known")}
+  first = batch["segment"][row] == 0
+  slope = jax.jit(jax.grad(lambda told: (errors(told)[row] * first).sum()), compiler_options=QUICK)(told)
+  for name in ("text", "image"):
+    assert (slope[name][row, 0] != 0).any()
+    assert (np.delete(slope[name][row], 0, 0) == 0).all()
+  for name in ("latents", "known"):
+    assert (np.asarray(slope[name])[row, first] != 0).any() and (np.asarray(slope[name])[row, ~first] == 0).all()
+  assert all((np.delete(leaf, row, 0) == 0).all() for leaf in slope.values())
+  run = jax.jit(errors, compiler_options=QUICK)
+  changed = run(told | {"text": told["text"].at[row, 1].add(1.0), "latents": told["latents"].at[row, ~first].add(1.0)})
+  assert (changed[row, first] == run(told)[row, first]).all()
+  assert (changed[row, batch["segment"][row] == 1] != run(told)[row, batch["segment"][row] == 1]).all()
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_noise_and_times_of_a_clip_are_those_of_a_draw_of_its_length(pattern):
+  """Whatever the rows: so the law of the times is the same, and a clip draws the same in any row."""
+  draw, streams = TimeDraw(per_frame=0.5, pattern=pattern, block=2), keys.per_sample(keys.key(0, 0, "time"),
+                                                                                    jnp.arange(64))
+  lengths = jnp.arange(64) % 7 + 1
+  found = draw(streams, 9, 0, lengths)
+  for length in range(1, 8):
+    of = np.flatnonzero(lengths == length)
+    np.testing.assert_array_equal(found[of, :length], draw(streams[of], length, 0))
+  long, short = (jax.random.normal(jax.random.key(1), (f, 4, 6, 3)) for f in (9, 4))
+  np.testing.assert_array_equal(long[:4], short)
+
+
+def test_the_held_out_loss_of_rows_is_that_of_their_clips(folder):
+  method, batch = replace(method_of(meshes.build()), drop_text=0.0), packed_batch(folder)
+  together = jax.jit(step.make_held_out(method), compiler_options=QUICK)(parameters(), batch, 1)
+  assert together.shape == (step.BINS,) and np.isfinite(together).all()
+  full = {**batch, "segment": np.where(batch["segment"] == 1, -1, batch["segment"])}  # without the second clips
+  fewer = jax.jit(step.make_held_out(method), compiler_options=QUICK)(parameters(), full, 1)
+  assert (fewer != together).all()

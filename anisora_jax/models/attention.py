@@ -13,7 +13,7 @@ from einops import rearrange
 from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from anisora_jax.errors import BadInput, pick
 from anisora_jax.models.kernels import LOCAL, Local
@@ -103,17 +103,24 @@ def _over_shards(body: Callable, mesh: Mesh, kernel: Local, q: Heads, k: Heads, 
                        check_vma=kernel.typed)(q, k, v, segments)
 
 
-def to_text(q: Heads, k: Float[Array, "b s a k"], v: Float[Array, "b s a k"], mesh: Mesh, kernel: str) -> Heads:
-  """Cross-attention: every video token sees every text token. Text is whole on every shard, so nothing is sent."""
+def to_text(q: Heads, k: Float[Array, "b s a k"], v: Float[Array, "b s a k"], mesh: Mesh, kernel: str,
+            ids: tuple[Segments, Int[Array, "b s"]] | None = None) -> Heads:
+  """Cross-attention: every video token sees every text token, or, by ids of both, that of its own clip.
+
+  Text is whole on every shard, so nothing is sent.
+  """
   local = LOCAL[kernel]
 
-  def flat(q, k, v):
+  def flat(q, k, v, ids):
     k, v = (lax.pcast(x, CLIP, to="varying") for x in (k, v))  # their gradients are summed over the shards
-    return local.attend(q.reshape(q.shape[0], -1, *q.shape[-2:]), k, v, None, TO_TEXT).reshape(q.shape)
+    if ids is not None:
+      ids = ids[0].reshape(len(q), -1), lax.pcast(ids[1], CLIP, to="varying")
+    return local.attend(q.reshape(q.shape[0], -1, *q.shape[-2:]), k, v, ids, TO_TEXT).reshape(q.shape)
 
   heads, words = P(BATCH, *CLIP, "tensor", None), P(BATCH, None, "tensor", None)
-  return jax.shard_map(flat, mesh=mesh, in_specs=(heads, words, words), out_specs=heads,
-                       check_vma=local.typed)(q, k, v)
+  of_ids = None if ids is None else (P(BATCH, *CLIP), P(BATCH))
+  return jax.shard_map(flat, mesh=mesh, in_specs=(heads, words, words, of_ids), out_specs=heads,
+                       check_vma=local.typed)(q, k, v, ids)
 
 
 PATTERNS = {  # name in configs -> function

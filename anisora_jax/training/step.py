@@ -6,6 +6,7 @@ another mesh and any split into micro-batches draw the same. A sample is a clip,
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from anisora_jax.adapters import lora
 from anisora_jax.diffusion import objective, path
 from anisora_jax.diffusion.times import TimeDraw
 from anisora_jax.models.codec import Codec
+from anisora_jax.parallel import mesh as meshes
 from anisora_jax.shapes import Films, Frames, Latents, Scalar, Times
 from anisora_jax.tasks.conditions import Condition, cells_touched, condition, of_latents
 from anisora_jax.tasks.masks import Mixture
@@ -37,7 +39,8 @@ class Method:
   velocity: (params, x, t, condition, text) -> velocity. drop_text, drop_condition: probability that a sample is trained
   without its caption, or with nothing given. given: the share of their noise time that frames have which are given
   whole: at 0 they are clean and need no loss; above, they are trained like the others. micro_batches: parts of a batch
-  whose gradients are added up. blank: as of Frozen.
+  whose gradients are added up. replicas: parts of it whose gradients are added up on the devices of each, as one mesh
+  axis says, before the parts' are. blank: as of Frozen.
   """
 
   velocity: Callable[[PyTree, Latents, Times, Condition, Array], Latents]
@@ -50,6 +53,7 @@ class Method:
   given: float = 0.0
   seed: int = 0
   micro_batches: int = 1
+  replicas: int = 1
   blank: PyTree = 0.0
 
 
@@ -99,7 +103,7 @@ def unit(frames: Films) -> Frames:
 
 
 def seen(method: Method, batch: Batch, stream: Callable[[str], Array],
-         kept: Bool[Array, "b"]) -> tuple[Latents, Condition]:
+         kept: Bool[Array, "clips"]) -> tuple[Latents, Condition]:
   """(clean latents, what is given) of a batch of clips, or of latents whose masks were drawn when they were encoded.
 
   stream: purpose -> a key for each sample. kept: False where nothing may be given.
@@ -152,10 +156,9 @@ def sums(params: PyTree, method: Method, batch: Batch, step: Array, samples: Arr
   return objective.loss_sums(found, objective.weight(it.t, method.weight, method.times), counted)
 
 
-def gradients(method: Method, params: PyTree, batch: Batch, step: Array) -> tuple[PyTree, Scalar]:
-  """Gradients and loss of a whole batch, worked through in micro-batches that cut across all devices."""
+def added(method: Method, params: PyTree, batch: Batch, step: Array) -> tuple[PyTree, Scalar, Scalar]:
+  """(gradients of the sum, sum, count) of a batch, worked through in micro-batches that cut across all devices."""
   parts = method.micro_batches
-  batch = {**batch, "samples": jnp.arange(batch["ok"].size).reshape(batch["ok"].shape)}
   batch = {name: rearrange(x, "(b k) ... -> k b ...", k=parts) for name, x in batch.items()}
   slope = jax.value_and_grad(sums, has_aux=True)
 
@@ -168,6 +171,18 @@ def gradients(method: Method, params: PyTree, batch: Batch, step: Array) -> tupl
   else:
     zero = (jax.tree.map(jnp.zeros_like, params), jnp.zeros(()), jnp.zeros(()))
     (grads, total, count), _ = jax.lax.scan(add, zero, batch)
+  return grads, total, count
+
+
+def gradients(method: Method, params: PyTree, batch: Batch, step: Array) -> tuple[PyTree, Scalar]:
+  """Gradients and loss of a whole batch."""
+  batch = {**batch, "samples": jnp.arange(batch["ok"].size).reshape(batch["ok"].shape)}
+  if method.replicas == 1:
+    grads, total, count = added(method, params, batch, step)
+  else:
+    batch = {name: rearrange(x, "(r b) ... -> r b ...", r=method.replicas) for name, x in batch.items()}
+    each = jax.vmap(partial(added, method, params, step=step), spmd_axis_name=meshes.REPLICA)
+    grads, total, count = jax.tree.map(lambda x: x.sum(0), each(batch))
   count = jnp.maximum(count, 1.0)
   return jax.tree.map(lambda g: g / count, grads), total / count
 

@@ -19,7 +19,7 @@ from jax.nn import initializers
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from anisora_jax.errors import BadInput
 from anisora_jax.models import rope
@@ -39,7 +39,7 @@ from anisora_jax.models.remat import INPUT, REMAT
 from anisora_jax.models.wan.sizes import Size
 from anisora_jax.parallel.mesh import BATCH
 from anisora_jax.parallel.placement import TOKENS, hold
-from anisora_jax.shapes import Latents, Text, Tokens
+from anisora_jax.shapes import Latents, Segments, Tokens
 
 Time = Float[Array, "b _ _ 6 d"]  # of frames, of a frame's tokens: each of length 1 when all share a time
 
@@ -84,16 +84,25 @@ class SelfAttention(Attention):
 
 
 class CrossAttention(Attention):
-  """Tokens with text, and with image tokens by a softmax of their own; the two results are added."""
+  """Tokens with text, and with image tokens by a softmax of their own; the two results are added.
+
+  Where several clips share a row, text and image tokens are [b, clip, s, d], and tokens see those of their own clip.
+  """
 
   @nn.compact
-  def __call__(self, x: Tokens, text: Float[Array, "b s d"], image: Float[Array, "b i d"] | None) -> Tokens:
+  def __call__(self, x: Tokens, text: Float[Array, "b *k s d"], image: Float[Array, "b *k i d"] | None,
+               segments: Segments | None) -> Tokens:
     q = self.project(x, "q")
-    attend = partial(to_text, q, mesh=self.mesh, kernel=self.kernel)
-    o = attend(self.project(text, "k"), self.project(text, "v"))
-    if image is not None:
-      o = o + attend(self.project(image, "k_image"), self.project(image, "v_image"))
-    return self.join(o)
+
+    def attend(told: Float[Array, "b *k s d"], kind: str) -> Float[Array, "b f n a k"]:
+      ids = None
+      if told.ndim == 4:
+        ids = segments, jnp.broadcast_to(jnp.arange(told.shape[1])[:, None], told.shape[:3]).reshape(len(told), -1)
+        told = rearrange(told, "b k s d -> b (k s) d")
+      return to_text(q, self.project(told, f"k{kind}"), self.project(told, f"v{kind}"), self.mesh, self.kernel, ids)
+
+    o = attend(text, "")
+    return self.join(o if image is None else o + attend(image, "_image"))
 
 
 class Block(nn.Module):
@@ -119,7 +128,7 @@ class Block(nn.Module):
     y = (layer_norm(x) * (1 + scale1) + shift1).astype(self.dtype)
     x = add(x, SelfAttention(**parts, name="self_attention")(y, turns, segments), gate1)
     y = LayerNorm(name="cross_norm")(x).astype(self.dtype)
-    x = add(x, CrossAttention(**parts, name="cross_attention")(y, text, image))
+    x = add(x, CrossAttention(**parts, name="cross_attention")(y, text, image, segments))
     y = (layer_norm(x) * (1 + scale2) + shift2).astype(self.dtype)
     x = add(x, MLP(self.size.mlp, self.size.width, self.dtype, self.mesh, name="mlp")(y), gate2)
     return hold(x, self.mesh, TOKENS), None
@@ -179,15 +188,17 @@ class WanDiT(nn.Module):
   gate: float = 0.0
 
   @nn.compact
-  def __call__(self, x: Latents, t: Float[Array, "b _"] | Float[Array, "b f n"], text: Text,
-               given: Float[Array, "b f h w g"] | None = None, image: Float[Array, "b i y"] | None = None) -> Latents:
+  def __call__(self, x: Latents, t: Float[Array, "b _"] | Float[Array, "b f n"], text: Float[Array, "b *k s e"],
+               given: Float[Array, "b f h w g"] | None = None, image: Float[Array, "b *k i y"] | None = None,
+               segment: Int[Array, "b f"] | None = None) -> Latents:
     """Velocity `[b, f, h, w, c]` in f32.
 
     t: `[b, f]`, or `[b, 1]` when all frames share a time, or one a token, rows before columns. text: s up to
     size.text_tokens, may be 0. given: mask then known latents, for models that were made with them. h and w must divide
-    by the patch.
+    by the patch. segment: where several clips share a row, the number of each frame's clip, -1 for none; text and image
+    are then [b, clip, ...], and no clip sees another.
     """
-    size, (_, f, h, w, _) = self.size, x.shape
+    size, (b, f, h, w, _) = self.size, x.shape
     seen = x if given is None else jnp.concatenate([x, given], axis=-1)
     tokens = to_patches(seen, size.patch)
     n = tokens.shape[2]
@@ -195,20 +206,24 @@ class WanDiT(nn.Module):
     spare = (0, -f % self.mesh.shape["clip"]), (0, -n % self.mesh.shape["seq"])
     tokens = jnp.pad(tokens, ((0, 0), *spare, (0, 0)))
     tokens = hold(linear(size.width, "patch_in", self.dtype, self.mesh)(tokens), self.mesh, TOKENS)
-    positions = jnp.pad(rope.grid(f, h // size.patch, w // size.patch), (*spare, (0, 0)))
-    segments = None
-    if spare != ((0, 0), (0, 0)):
-      segments = jnp.broadcast_to(jnp.pad(jnp.zeros((f, n), jnp.int32), spare, constant_values=-1), tokens.shape[:3])
+    positions, segments = rope.grid(f, h // size.patch, w // size.patch), None
+    if segment is not None or spare != ((0, 0), (0, 0)):
+      of_frames = jnp.zeros((b, f), jnp.int32) if segment is None else segment
+      segments = jnp.broadcast_to(of_frames[..., None], (b, f, n))
+      segments = jnp.pad(segments, ((0, 0), *spare), constant_values=-1)
+    if segment is not None:
+      positions = rope.restarted(positions, segment)
+    positions = jnp.pad(positions, ((0, 0),) * (positions.ndim - 3) + (*spare, (0, 0)))
 
     if t.shape[1] > 1:  # one time is every frame's
       t = jnp.pad(t, ((0, 0), *spare)[:t.ndim])
     e, time = self._times(t)
-    text = jnp.pad(text, ((0, 0), (0, size.text_tokens - text.shape[1]), (0, 0)))
+    text = jnp.pad(text, ((0, 0),) * (text.ndim - 2) + ((0, size.text_tokens - text.shape[-2]), (0, 0)))
     text = MLP(size.width, size.width, self.dtype, self.mesh, init=SMALL, name="text")(text)
-    text = hold(text, self.mesh, P(BATCH, None, None))
+    text = hold(text, self.mesh, P(BATCH))
     if image is not None:
-      image = ImageTokens(size.width, size.image_positions, self.dtype, self.mesh, name="image")(image)
-      image = hold(image, self.mesh, P(BATCH, None, None))
+      made = ImageTokens(size.width, size.image_positions, self.dtype, self.mesh, name="image")
+      image = hold(made(image.reshape(-1, *image.shape[-2:])).reshape(*image.shape[:-1], -1), self.mesh, P(BATCH))
 
     block = nn.remat(Block, policy=REMAT[self.remat], prevent_cse=False)
     stack = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=(nn.broadcast,) * 5,
