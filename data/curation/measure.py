@@ -202,7 +202,7 @@ def measure(film: Film, shot: Shot, settings: Settings) -> dict[str, Any]:
   shown = {}
   rows = {"large": _rows(film, settings.height * film.height / shot.box[2]),
           "small": _rows(film, motion.FINE_WIDTH * film.height / shot.box[3])}
-  for number, decoded in frames.pictures(film, shot.start, shot.stop):
+  for number, decoded in frames.pictures(film, shot.start, max(moves.wanted | large_at) + 1):
     if number in moves.wanted:
       moves.add(number, _inside(frames.shown(decoded, film, rows["small"]), film, shot))
     if number in large_at:

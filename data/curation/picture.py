@@ -29,7 +29,7 @@ def sharpness(picture: Picture) -> float:
   blank picture has 0. The usual variance of the Laplacian counts edges as much as it measures them.
   """
   grey = cv2.cvtColor(at_height(picture), cv2.COLOR_RGB2GRAY)
-  soft = cv2.GaussianBlur(grey.astype(np.float32), (0, 0), 1)
+  soft = cv2.GaussianBlur(grey.astype(np.float32), (7, 7), 1)
   strength = np.hypot(cv2.norm(soft[1:], soft[:-1]), cv2.norm(soft[:, 1:], soft[:, :-1]))
   bend = cv2.norm(cv2.Laplacian(soft, cv2.CV_32F, ksize=1, borderType=cv2.BORDER_REPLICATE))
   return float(np.sqrt(2) * bend / strength) if strength > 1 else 0.
