@@ -1,7 +1,7 @@
 """Finds copies among clips, however they were encoded, scaled, cropped, marked, brightened or trimmed.
 
-A picture's code is 128 signs of its cosine transform, 64 of brightness and 32 of each colour difference, and 128 marks
-of which signs are clear. Only waves that vary along the rows count: what all landscapes share, bright above and dark
+A picture's code is 192 signs of its cosine transform, 64 of brightness and of each colour difference, and 192 marks of
+which signs are clear. Only waves that vary along the rows count: what all landscapes share, bright above and dark
 below, tells no two of them apart. Two pictures differ by the share of signs that are clear in both and unlike; signs
 near zero, which any encoder flips, have no say.
 
@@ -13,7 +13,6 @@ Signs of the cosine transform: Zauner 2010, "Implementation and benchmarking of 
 from parts of a code: Indyk and Motwani 1998. Colour, marks, crops and shifts are ours; the tests measure them.
 """
 
-import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -22,20 +21,20 @@ import numpy as np
 from pack import split_films
 
 from anisora_jax.loaders import video
-from curation import frames
+from curation import boxed
 from curation.items import Candidate, Film, Rejected, Shot
 
 SIDE = 160        # pixels a side of the square that pictures are coded from
-RATE = 6          # codes of the whole picture a second: a copy's frames lie 1/12 s off at most
+RATE = 6.         # codes of the whole picture a second: a copy's frames lie 1/12 s off at most
 LOOKS = 6         # moments of a clip that are coded in all crops, at most; a second apart at least
 CUTS = ((0, 0), (8, 0), (0, 8), (4, 4), (8, 8))  # pixels of SIDE cut off at the two ends of an axis: up to 5 %
 CROPS = len(CUTS) ** 2  # the first is the whole picture
-CLEAR = .85       # share of the signs that are marked: the largest, frequency weighted against the fall of spectra
+CLEAR = .75       # share of the signs that are marked: the largest, frequency weighted against the fall of spectra
 FLOOR = .25       # mean grey levels a wave must have for its sign to mean anything
 LEAST = 24        # clear signs of brightness, of 64, below which a picture is blank: fades, titles, flat colour
-SAME = .05        # share of unlike signs; copies measured up to .03, drawn shots on one background from .08
+SAME = .03        # share of unlike signs; copies measured up to .02, drawn shots before one background from .044
 OVERLAP = .6      # of the shorter clip's length that two copies share at least
-WORDS = 4         # 64-bit words of one code: two of signs, two of marks
+WORDS = 6         # 64-bit words of a code: signs of brightness, red and blue difference, and their marks
 
 
 def _waves(count: int) -> np.ndarray:
@@ -44,8 +43,8 @@ def _waves(count: int) -> np.ndarray:
   return np.array(sorted(grid, key=lambda wave: (sum(wave), wave))[:count])
 
 
-_LUMA, _CHROMA = _waves(64), _waves(32)
-_LOW = int(max(_LUMA.max(), _CHROMA.max())) + 1
+_WAVES = _waves(64)
+_LOW = int(_WAVES.max()) + 1
 
 
 def _bases() -> np.ndarray:
@@ -67,7 +66,7 @@ def _pack(signs: np.ndarray) -> np.ndarray:
 
 
 def _codes(picture: np.ndarray, cuts: slice) -> np.ndarray:
-  """Codes of a picture in all crops that the cuts of both axes make, [crops, WORDS]; zeros where it is blank.
+  """Codes of a picture in all crops that these cuts of both axes make, [crops, WORDS]; zeros where it is blank.
 
   picture: uint8 RGB [h, w, 3].
   """
@@ -75,29 +74,20 @@ def _codes(picture: np.ndarray, cuts: slice) -> np.ndarray:
   square = cv2.resize(picture, (SIDE, SIDE), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
   planes = np.moveaxis(cv2.cvtColor(square, cv2.COLOR_RGB2YCrCb), -1, 0).astype(np.float64)
   bases = _BASES[cuts]
-  # [rows, planes, frequencies down, columns]; then every crop of the columns of every crop of the rows.
+  # [cuts, planes, frequencies down, columns]; then every cut of the columns of every cut of the rows.
   down = np.matmul(bases[:, None], planes)
-  waves = np.matmul(down[:, None], bases[None, :, None].swapaxes(-1, -2))
-  waves = waves.reshape(-1, 3, _LOW, _LOW)
-  chosen = [waves[:, plane, order[:, 0], order[:, 1]] for plane, order in enumerate((_LUMA, _CHROMA, _CHROMA))]
-  signs = [part > 0 for part in chosen]
-  marks = [_clear(part, order) for part, order in zip(chosen, (_LUMA, _CHROMA, _CHROMA), strict=True)]
-  marks[0] &= marks[0].sum(-1, keepdims=True) >= LEAST
-  words = [_pack(signs[0]), _pack(np.concatenate(signs[1:], -1)), _pack(marks[0]), _pack(np.concatenate(marks[1:], -1))]
-  codes = np.stack(words, -1)
-  return np.where(codes[:, 2:3] > 0, codes, np.uint64(0))
-
-
-def _clear(waves: np.ndarray, order: np.ndarray) -> np.ndarray:
-  """Which waves are far enough from zero that a copy has the same sign, [crops, waves]."""
-  strength = np.abs(waves) * np.sqrt(order.sum(-1))
-  keep = round(CLEAR * waves.shape[-1])
-  return (strength >= np.sort(strength, -1)[:, -keep, None]) & (np.abs(waves) >= FLOOR)
+  waves = np.matmul(down[:, None], bases[None, :, None].swapaxes(-1, -2)).reshape(-1, 3, _LOW, _LOW)
+  waves = waves[..., _WAVES[:, 0], _WAVES[:, 1]]
+  strength = np.abs(waves) * np.sqrt(_WAVES.sum(-1))
+  least = np.sort(strength, -1)[..., -round(CLEAR * waves.shape[-1]), None]
+  clear = (strength >= least) & (np.abs(waves) >= FLOOR)
+  codes = np.concatenate([_pack(waves > 0), _pack(clear)], -1)
+  return np.where(clear[:, :1].sum(-1) >= LEAST, codes, np.uint64(0))
 
 
 def _moments(count: int) -> np.ndarray:
   """Which of `count` whole pictures are also coded in all crops."""
-  step = max(RATE, -(-count // LOOKS))
+  step = max(int(RATE), -(-count // LOOKS))
   return np.arange(min(step // 2, max(count - 1, 0)), count, step)
 
 
@@ -123,14 +113,7 @@ def prints_of(pictures: Iterable[np.ndarray], fps: float, length: int) -> tuple[
 
 def prints(film: Film, shot: Shot) -> tuple[int, ...]:
   """The prints of a shot inside its box. Raises video.Unreadable."""
-  top, left, height, width = shot.box
-  # No larger than it takes to make SIDE of the smaller side of the box.
-  rows = min(film.height, -(-SIDE * film.height // min(height, width)) // 2 * 2 + 2)
-  scale = rows / film.height
-  down, across = (slice(round(first * scale), max(round(first * scale) + 1, round((first + size) * scale)))
-                    for first, size in ((top, height), (left, width)))
-  inside = (picture[down, across] for _, picture in frames.paced(film, shot.start, shot.stop, rows))
-  return prints_of(inside, film.fps, shot.stop - shot.start)
+  return prints_of(boxed.pictures(film, shot, SIDE), film.fps, shot.stop - shot.start)
 
 
 def read(prints: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -154,9 +137,9 @@ def _apart(whole: np.ndarray, looks: np.ndarray, length: int, least: int) -> flo
   """
   if not len(whole) or not len(looks):
     return 1.
-  marks = whole[:, None, None, 2:] & looks[..., 2:]
+  marks = whole[:, None, None, 3:] & looks[..., 3:]
   clear = np.bitwise_count(marks).sum(-1, dtype=np.int64)  # [pictures, moments, crops]
-  unlike = np.bitwise_count((whole[:, None, None, :2] ^ looks[..., :2]) & marks).sum(-1, dtype=np.int64)
+  unlike = np.bitwise_count((whole[:, None, None, :3] ^ looks[..., :3]) & marks).sum(-1, dtype=np.int64)
   shifts = np.arange(least - length, len(whole) - least + 1)
   at = _moments(length) + shifts[:, None]
   there = (at >= 0) & (at < len(whole))
@@ -174,17 +157,26 @@ def same(a: Sequence[int], b: Sequence[int]) -> bool:
 
 
 def bands(prints: Sequence[int]) -> list[int]:
-  """The keys of a clip, rising; copies share some (the tests: 7 of 400 at worst), strangers seldom any.
+  """The keys of a clip, rising; copies share some, strangers seldom any.
 
-  A key is 12 signs of brightness and 8 of each colour of one code, of five places in it.
+  Five of every picture with colour, each of 12 signs of brightness and 8 of either colour, and two of 28 signs of
+  brightness, by which copies without colour are found.
   """
   whole, looks = read(prints)
   codes = np.concatenate([whole, looks.reshape(-1, WORDS)])
-  codes = codes[codes[:, 2] > 0].astype(object)  # Python's integers: no shift loses bits
-  luma, chroma = codes[:, 0], codes[:, 1] & codes[:, 3]
-  keys = [band << 28 | (luma >> 52 - 12 * band & 0xFFF) << 16 | (chroma >> 56 - 6 * band & 0xFF) << 8
-          | chroma >> 24 - 6 * band & 0xFF for band in range(5)]
-  return sorted(set(itertools.chain(*keys)))
+  codes = codes[codes[:, 3] > 0]
+  keys = [_key(5 + part, [(codes[:, 0], 28 * part, 28)]) for part in range(2)]
+  luma, red, blue = codes[np.bitwise_count(codes[:, 4:]).sum(-1) >= LEAST, :3].T
+  keys += [_key(part, [(luma, 12 * part, 12), (red, 6 * part, 8), (blue, 6 * part, 8)]) for part in range(5)]
+  return np.unique(np.concatenate(keys)).tolist()
+
+
+def _key(kind: int, parts: Sequence[tuple[np.ndarray, int, int]]) -> np.ndarray:
+  """64-bit keys of chosen signs. parts: (words, first sign, number of signs), 28 signs in all."""
+  key = np.full(len(parts[0][0]), kind, np.uint64)
+  for words, first, count in parts:
+    key = key << np.uint64(count) | words >> np.uint64(64 - first - count) & np.uint64(2**count - 1)
+  return key
 
 
 def pairs(clips: Iterable[str], most: int = 100) -> Iterator[tuple[str, str]]:
