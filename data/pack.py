@@ -138,13 +138,25 @@ class Beside:
     return next((caption for start, end, caption in self.shots if start <= middle < end), self.caption)
 
 
-def read_beside(path: Path, settings: Settings, about: video.Facts) -> Beside:
-  """Reads NAME.txt, NAME.json and NAME.masks.npz. Raises video.Unreadable where one of them is damaged."""
+def read_words(path: Path) -> tuple[str, dict, list[tuple[int, int, str]]]:
+  """What NAME.txt and NAME.json beside a film say: its caption, all of the json, and its shots (start, end, caption).
+
+  Raises video.Unreadable where one of them is damaged.
+  """
   try:
     text, facts = path.with_suffix(".txt"), path.with_suffix(".json")
-    caption = text.read_text().strip() if text.is_file() else ""
-    known = json.loads(facts.read_text()) if facts.is_file() else {}
+    caption = text.read_text("utf-8").strip() if text.is_file() else ""
+    known = json.loads(facts.read_text("utf-8")) if facts.is_file() else {}
     shots = [(int(shot["start"]), int(shot["end"]), str(shot["caption"])) for shot in known.get("shots", [])]
+    return str(known.get("caption", caption)), known, shots
+  except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
+    raise video.Unreadable(f"a file beside it is damaged ({error})") from error
+
+
+def read_beside(path: Path, settings: Settings, about: video.Facts) -> Beside:
+  """Reads NAME.txt, NAME.json and NAME.masks.npz. Raises video.Unreadable where one of them is damaged."""
+  caption, known, shots = read_words(path)
+  try:
     character = None
     if (masks := path.with_suffix(".masks.npz")).is_file():
       with np.load(masks, allow_pickle=False) as file:
@@ -154,8 +166,8 @@ def read_beside(path: Path, settings: Settings, about: video.Facts) -> Beside:
         raise ValueError(f"masks are {shape[1]}x{shape[2]}, the film is {about.height}x{about.width}")
   except (ValueError, KeyError, TypeError, AttributeError, OSError, zipfile.BadZipFile) as error:
     raise video.Unreadable(f"a file beside it is damaged ({error})") from error
-  return Beside(str(known.get("caption", caption)), str(known.get("source", settings.source)),
-                str(known.get("licence", settings.licence)), shots, character)
+  return Beside(caption, str(known.get("source", settings.source)), str(known.get("licence", settings.licence)), shots,
+                character)
 
 
 def cut_film(folder: Path, film: str, settings: Settings) -> list[records.Clip]:
