@@ -1,13 +1,16 @@
 """How the scripts of this folder start: they read flags, and tell wrong input in one line with exit status 2."""
 
 import errno
+import re
 import sys
 from collections.abc import Callable
+from typing import TypeVar
 
 from absl import app, flags
 
 from anisora_jax import errors
 
+T = TypeVar("T")
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
 
 
@@ -22,24 +25,33 @@ def run(define_flags: Callable[[], None], main: Callable[[flags.FlagValues], Non
       raise errors.BadInput(f"cannot write {error.filename or 'the result'}: {error.strerror}; make room or take "
                             "another folder and run again, what is finished is kept.") from error
 
-  define_flags()
-  app.run(lambda _: errors.run(start), flags_parser=_parse)
+  _told_apart(define_flags)  # a config that has a default is read, with the flags of its fields, where it is defined
+  app.run(lambda _: errors.run(start), flags_parser=lambda arguments: _told_apart(lambda: _parse(arguments)))
 
 
 def _parse(arguments: list[str]) -> list[str]:
-  try:
-    rest = flags.FLAGS(arguments)
-  except flags.UnrecognizedFlagError as error:
-    sys.exit(_told(f"no flag is named --{error.flagname}: {errors.nearest(error.flagname, flags.FLAGS)}"))
-  except (AttributeError, KeyError) as error:
-    sys.exit(_told(f"no config field is named {' '.join(str(error.args[0]).split())}"))
-  except OSError as error:
-    sys.exit(_told(f"the config file cannot be read ({' '.join(str(error).split())[:200]}): give a file of configs/."))
-  except (flags.Error, ValueError, TypeError) as error:
-    sys.exit(_told(" ".join(str(error).split())))
+  rest = flags.FLAGS(arguments)
+  if "config" in flags.FLAGS:
+    list(flags.FLAGS["config"].value or ())  # a file that could not be read says so when it is first looked at
   if len(rest) > 1:
-    sys.exit(_told(f"unexpected words {' '.join(rest[1:])}: flags are written --name value or --name=value."))
+    raise errors.BadInput(f"unexpected words {' '.join(rest[1:])}: flags are written --name value or --name=value.")
   return rest
+
+
+def _told_apart(read: Callable[[], T]) -> T:
+  """What `read` returns; exits with one line where absl or ml_collections find something wrong."""
+  try:
+    return read()
+  except flags.UnrecognizedFlagError as error:
+    mistake = f"no flag is named --{error.flagname}: {errors.nearest(error.flagname, flags.FLAGS)}"
+  except (AttributeError, KeyError) as error:
+    mistake = f"no config field is named {' '.join(str(error.args[0]).split())}"
+  except OSError as error:
+    path = re.search(r"Relative path\]:\s+(\S+)", str(error))
+    mistake = f"config file {path.group(1) if path else ''} cannot be read: give a file of configs/."
+  except (flags.Error, ValueError, TypeError) as error:
+    mistake = " ".join(str(error).split())
+  sys.exit(_told(mistake))
 
 
 def _told(mistake: str) -> int:

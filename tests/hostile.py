@@ -96,11 +96,11 @@ def folder(films: Path) -> dict[str, set[str]]:
   with open(bad, "wb") as file:
     file.write(whole)
   return {
-    "good.mp4": {"kept"}, "empty.mp4": {"empty"}, "truncated.mp4": {"not_a_film"},
+    "good.mp4": {"kept", "copy"}, "empty.mp4": {"empty"}, "truncated.mp4": {"not_a_film"},
     "torn.mkv": {"kept"},
     "rotten.mp4": {"kept", "no_video", "not_a_film", "undecodable", "unreadable", "too_short", "copy"},
     "text.mp4": {"not_a_film"},
     "playlist.mp4": {"not_a_film"}, "sound.mp4": {"no_video"}, "pipe.mp4": {"not_a_file"}, "loop.mp4": {"not_opened"},
-    "dangling.mp4": {"not_opened"}, "dot.mkv": {"too_small"}, "fast.mp4": {"too_short", "kept"}, "deep.mp4": {"kept"},
+    "dangling.mp4": {"not_opened"}, "dot.mkv": {"too_small"}, "fast.mp4": {"static", "too_short"}, "deep.mp4": {"kept"},
     "hdr.mp4": {"kept"}, "odd.mkv": {"kept"}, "rotated.mp4": {"kept"}, "uneven.mp4": {"kept"},
-    "still.mp4": {"static"}, **{name: {"kept"} for name in NAMES}, "bytes\\xff\\xfe.mp4": {"copy"}}
+    "still.mp4": {"static"}, **{name: {"kept"} for name in NAMES}, "bytes\\xff\\xfe.mp4": {"kept", "copy"}}

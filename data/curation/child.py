@@ -80,19 +80,19 @@ class Child:
   def close(self) -> None:
     """Ends the process and whatever it started."""
     if self._process is not None:
-      _kill([*_below(self._process.pid), self._process.pid])
+      _kill([*below(self._process.pid), self._process.pid])
       self._process.wait()
       self._line.close()
       self._process = None
 
 
-def _below(process: int) -> list[int]:
+def below(process: int) -> list[int]:
   """All processes that one started, and those that they started, whatever group they are in."""
   found = []
   for threads in Path(f"/proc/{process}/task").glob("*/children"):
     with contextlib.suppress(OSError):  # a thread that ended meanwhile
       for child in map(int, threads.read_text().split()):
-        found += [*_below(child), child]
+        found += [*below(child), child]
   return found
 
 
@@ -113,7 +113,7 @@ def serve(line: Connection, seconds: float, gigabytes: float) -> None:
       while True:
         calls.put(line.recv())
     except (EOFError, OSError):
-      _kill([*_below(os.getpid()), os.getpid()])
+      _kill([*below(os.getpid()), os.getpid()])
 
   threading.Thread(target=listen, daemon=True).start()
   while True:

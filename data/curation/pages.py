@@ -22,6 +22,7 @@ from curation.store import Store, digest, land
 FOLDER = "report"
 RATE, CRF = 15, 28  # of previews: frames a second at most, quality
 ROWS = 40           # of a table at most
+FIRST = ("motion_per_second", "camera", "sharpness", "aesthetic", "tags")  # measures that are shown at once
 
 
 @dataclass(frozen=True)
@@ -83,17 +84,17 @@ def write(out: Path, found: Sequence[Source], selection: Selection, made: tuple,
     if path.stem not in names:
       path.unlink()
 
-  def sample(name: str, caption: str, tags: list[str], reason: str = "", detail: str = "") -> report.Sample:
+  def sample(name: str, caption: str = "", licence: str = "", why: Rejected | None = None) -> report.Sample:
     file = f"{FOLDER}/{previews[name].name}"
     there = (out / f"{file}.mp4").is_file()
-    return report.Sample(name, caption, f"{file}.mp4" if there else "", f"{file}.jpg" if there else "", tags, reason,
-                         detail)
+    tags, more = _tags(measured[name], licence) if name in measured else ([], [])
+    return report.Sample(name, caption, f"{file}.mp4" if there else "", f"{file}.jpg" if there else "", tags, more,
+                         f"{why.stage}: {why.reason}" if why else "", why.detail if why else "")
 
   page = report.Report(
     "Curated clips", _facts(found, selection, index), _steps(funnel["stages"]), _histograms(selection, settings.keep),
-    [sample(entry.candidate.shot.id, entry.caption, _tags(entry.candidate, entry.licence)) for entry in kept],
-    [sample(item.what, "", _tags(measured[item.what]) if item.what in measured else [], f"{item.stage}: {item.reason}",
-            item.detail) for item in lost],
+    [sample(entry.candidate.shot.id, entry.caption, entry.licence) for entry in kept],
+    [sample(item.what, why=item) for item in lost],
     _tables(selection, funnel), _charts(selection, settings.budget))
   land(out / "report.html", report.render(page).encode())
 
@@ -115,15 +116,17 @@ def _preview(film: Film, of: Candidate | Rejected, settings: Settings) -> Previe
                  settings.report)
 
 
-def _tags(candidate: Candidate, licence: str = "") -> list[str]:
-  """A clip's facts in a few words."""
-  out = [f"{(candidate.shot.stop - candidate.shot.start) / candidate.fps:.1f} s"] + [licence] * bool(licence)
+def _tags(candidate: Candidate, licence: str = "") -> tuple[list[str], list[str]]:
+  """A clip's facts in a few words: those for everyone, and those for who asks."""
+  first = [f"{(candidate.shot.stop - candidate.shot.start) / candidate.fps:.1f} s"] + [licence] * bool(licence)
+  more = []
   for name, value in candidate.measures.items():
     if isinstance(value, int | float) and not isinstance(value, bool):
-      out.append(f"{name.replace('_', ' ')} {value:.3g}")
+      words = f"{name.replace('_', ' ')} {value:.3g}"
     else:
-      out.append(f"{name.replace('_', ' ')}: {value if isinstance(value, str) else ', '.join(map(str, value))}"[:80])
-  return out
+      words = f"{name.replace('_', ' ')}: {value if isinstance(value, str) else ', '.join(map(str, value))}"[:80]
+    (first if name in FIRST else more).append(words)
+  return first, more
 
 
 def _facts(found: Sequence[Source], selection: Selection, index: dict) -> dict[str, str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import apache_beam as beam
+from apache_beam import runners
 from apache_beam.options.pipeline_options import PipelineOptions
 
 from anisora_jax.errors import BadInput
@@ -34,6 +35,12 @@ class Runner:
   def __post_init__(self):
     if self.workers < 1:
       raise BadInput(f"--workers is {self.workers}: at least one process must do the work.")
+    try:
+      shlex.split(self.options)
+      runners.create_runner(self.name)
+    except ValueError as error:
+      where = f"--beam_options {self.options}" if "runner" not in str(error) else f"--runner {self.name}"
+      raise BadInput(f"{where} cannot be read ({' '.join(str(error).split())[:200]}).") from error
 
   def beam_options(self) -> PipelineOptions:
     local = [f"--direct_num_workers={self.workers}",

@@ -22,6 +22,8 @@ STYLE = page.STYLE + """
 .tag { display: inline-block; border: 1px solid var(--rule); border-radius: 99px; padding: 0 .6rem; font-size: .75rem;
   margin: .1rem .2rem .1rem 0; color: var(--soft); }
 .tag.out { color: var(--c0); border-color: var(--c0); }
+th:last-child { text-align: left; } summary { cursor: pointer; }
+details { font-size: .75rem; color: var(--soft); }
 td.words { white-space: normal; text-align: left; overflow-wrap: anywhere; min-width: 16rem; }
 .bar { fill: var(--rule); } .bar.kept { fill: var(--c1); } .bar.lost { fill: var(--c0); opacity: .55; }
 svg text.ink { fill: var(--ink); } svg text.big { font-size: 15px; font-weight: 600; }
@@ -65,12 +67,14 @@ class Histogram:
 
 @dataclass(frozen=True)
 class Sample:
-  """One clip to look at. film, poster: names of files beside the page; "" where there is no preview."""
+  """One clip to look at. film, poster: files beside the page; "" where there is no preview. tags: said at once; more:
+  said when asked for."""
   id: str
   caption: str
   film: str
   poster: str
   tags: list[str]
+  more: list[str]
   reason: str = ""
   detail: str = ""
 
@@ -167,7 +171,9 @@ def figure(sample: Sample) -> str:
   if sample.reason:
     tags.insert(0, f'<span class="tag out">{escape(sample.reason.replace("_", " "))}</span>')
   detail = f'<p class="soft">{escape(sample.detail)}</p>' if sample.detail else ""
-  return (f'<figure>{shown}<figcaption>{escape(sample.caption)}{detail}</figcaption><div>{"".join(tags)}</div>'
+  more = "".join(f'<span class="tag">{escape(tag)}</span>' for tag in sample.more)
+  more = f"<details><summary>{len(sample.more)} more measures</summary>{more}</details>" if more else ""
+  return (f'<figure>{shown}<figcaption>{escape(sample.caption)}{detail}</figcaption><div>{"".join(tags)}</div>{more}'
           f'<div class="id">{escape(sample.id)}</div></figure>')
 
 

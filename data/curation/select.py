@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from curation import budget, duplicates, film, keep
 from curation.child import Child
@@ -80,10 +80,10 @@ def select(sources: Sequence[Source], pairs: Iterable[Sequence[str]], settings: 
 
 
 def drop(selection: Selection, rejected: Sequence[Rejected]) -> None:
-  """Takes shots, or all shots of a film, out of what was chosen."""
-  out = {item.what for item in rejected}
-  selection.chosen = [c for c in selection.chosen if not {c.shot.id, c.shot.film} & out]
-  selection.rejected += rejected
+  """Takes the chosen shots of some films out, each with its film's reason."""
+  why = {item.film: item for item in rejected}
+  selection.rejected += [replace(why[c.shot.film], what=c.shot.id) for c in selection.chosen if c.shot.film in why]
+  selection.chosen = [c for c in selection.chosen if c.shot.film not in why]
 
 
 def counts(sources: Sequence[Source], selection: Selection) -> Counter:

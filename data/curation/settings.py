@@ -30,6 +30,7 @@ def read(config: ConfigDict) -> Settings:
     if name not in FILM | ALL:
       raise BadInput(f"config.{name} is no stage: {nearest(name, FILM | ALL)}")
   made = {name: _made(kind, name, config) for name, kind in (FILM | ALL).items()}
+  made["keep"].check({*made["measure"].names(), "text_area"})  # a rule may allow for text that nobody looks for
   return Settings(film.Settings(**{name: made[name] for name in FILM}), **{name: made[name] for name in ALL})
 
 
