@@ -22,8 +22,14 @@ from anisora_jax.models import attention, kernels, splash
 from anisora_jax.models.kernels import LOCAL
 from anisora_jax.models.remat import REMAT
 from anisora_jax.parallel import mesh
+from anisora_jax.parallel.sight import ALL, Marks, Rule
 
 BLOCKS = [name for name, local in LOCAL.items() if local.block]
+RULES = {  # which of four frames each sees
+  Rule(causal=True): "1000 1100 1110 1111",
+  Rule(window=1): "1100 1110 0111 0011",
+  Rule(causal=True, window=1, stride=3): "1000 1100 1110 1011",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -42,10 +48,15 @@ def witness(q, k, v, do, ids) -> list[np.ndarray]:
   """Output, gradients and log-sum-exp in f64; what sees nothing is 0."""
   q, k, v, do = (torch.tensor(np.asarray(x, np.float64)).transpose(1, 2) for x in (q, k, v, do))
   q, k, v = (x.requires_grad_() for x in (q, k, v))
-  seen = torch.ones(2, 1, q.shape[2], k.shape[2], dtype=torch.bool)
+  l = q.shape[2]
+  seen = torch.ones(2, 1, l, k.shape[2], dtype=torch.bool)
   if ids is not None:
-    queries, keys = (torch.tensor(np.asarray(x)) for x in ids)
+    queries, keys = (torch.tensor(np.asarray(x.segment)) for x in ids)
     seen = ((queries[:, :, None] == keys[:, None]) & (keys >= 0)[:, None])[:, None]
+    if ids[0].rule:
+      table = torch.tensor([[how == "1" for how in row] for row in RULES[ids[0].rule].split()])
+      queries, keys = (torch.tensor(np.asarray(x.frame)) for x in ids)
+      seen = seen & table[queries][:, None].gather(3, keys[:, None, None].expand(*seen.shape[:2], l, -1))
   some = seen.any(-1, keepdim=True)
   o = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen | ~some) * some
   logits = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(~seen, -torch.inf)
@@ -65,36 +76,63 @@ def assert_equal(got, want):
     assert np.abs(ours - true).max() <= (1e-4 if index else 1e-5) * max(np.abs(true).max(), 1), index
 
 
-@pytest.mark.parametrize("hidden", [False, True], ids=["all", "ids"])
+def marks(draw, l: int, s: int, rule: Rule | None):
+  """Of queries and keys: packed segments, and frames in order as far as a rule asks for them."""
+  if rule is None:
+    return None
+  def one(length):
+    frames = jnp.sort(jnp.asarray(draw.integers(0, 4, (2, length))), 1) if rule else None
+    return Marks(jnp.asarray(draw.integers(-1, 2 if rule else 3, (2, length))), frames, rule)
+
+  return one(l), one(s)
+
+
+@pytest.mark.parametrize("rule", [None, ALL, *RULES], ids=str)
 @pytest.mark.parametrize(("l", "s"), [(1, 1), (30, 30), (33, 33), (57, 57), (130, 130), (1, 40), (600, 130)])
 @pytest.mark.parametrize("name", BLOCKS)
-def test_values_and_gradients_are_those_of_softmax(name, l, s, hidden):
-  draw, parts = np.random.default_rng(s), arrays(l, s)
-  ids = tuple(jnp.asarray(draw.integers(-1, 3, (2, length))) for length in (l, s)) if hidden else None
+def test_values_and_gradients_are_those_of_softmax(name, l, s, rule):
+  if rule and (not LOCAL[name].frames or l in (1, 30, 57)):
+    return
+  parts, ids = arrays(l, s), marks(np.random.default_rng(s), l, s, rule)
   assert_equal(jax.jit(partial(both, name), compiler_options=QUICK)(*parts, ids), witness(*parts, ids)[:4])
 
 
+@pytest.mark.parametrize("rule", [ALL, *RULES], ids=str)
 @pytest.mark.parametrize("name", BLOCKS)
-def test_any_segments(name):
+def test_any_segments_and_frames(name, rule):
   """Also such in which whole tiles, or all keys of some queries, are hidden."""
+  if rule and not LOCAL[name].frames:
+    return
   parts = arrays(34, 19)
   step = jax.jit(partial(both, name), compiler_options=QUICK)
   ids = st.lists(st.integers(-2, 2), min_size=53, max_size=53) | st.lists(
     st.integers(-2, 2), min_size=53, max_size=53).map(sorted)
+  frames = st.lists(st.integers(0, 3), min_size=53, max_size=53)
 
   @settings(max_examples=20, deadline=None)
-  @given(ids, ids)
-  def law(one, other):
-    both_clips = jnp.array([one, other])
-    pair = both_clips[:, :34], both_clips[:, 34:]
+  @given(ids, ids, frames | frames.map(sorted))
+  def law(one, other, frame):
+    whole = Marks(jnp.array([one, other]), jnp.array([frame, frame[::-1]]) if rule else None, rule)
+    pair = jax.tree.map(lambda x: x[:, :34], whole), jax.tree.map(lambda x: x[:, 34:], whole)
     assert_equal(step(*parts, pair), witness(*parts, pair)[:4])
 
   law()
 
 
+def test_tiles_that_see_nothing_are_not_worked():
+  """Where they are, a hidden value that is no number still makes none of the sum, as it weighs 0."""
+  frames = jnp.arange(64)[None] // 16
+  ids = (Marks(jnp.zeros_like(frames), frames, Rule(window=0)),) * 2
+  q, k, v, _ = (x[:1] for x in arrays(64, 64))
+  run = jax.jit(lambda name, v: LOCAL[name].attend(q, k, v, ids), static_argnums=0, compiler_options=QUICK)
+  lost = {name: np.isnan(run(name, v.at[:, 16:32].set(jnp.nan))).any((0, 2, 3)) for name in ("dense", "blockwise")}
+  assert lost["dense"].all() and (lost["blockwise"] == (np.arange(64) // 16 == 1)).all()
+
+
 @pytest.mark.parametrize("name", BLOCKS)
 def test_the_log_sum_exp_is_of_all_keys_and_finite_where_none_is_seen(name):
-  parts, ids = arrays(33, 57), (jnp.arange(66).reshape(2, 33) % 4 - 1, jnp.arange(114).reshape(2, 57) % 2)
+  parts = arrays(33, 57)
+  ids = Marks(jnp.arange(66).reshape(2, 33) % 4 - 1), Marks(jnp.arange(114).reshape(2, 57) % 2)
   lse, true = LOCAL[name].block.forward(*parts[:3], ids)[1], witness(*parts, ids)[4]
   none = np.isneginf(true)
   assert none.any() and (lse[none] == splash.EMPTY).all() and apart(lse[~none], true[~none]) < 1e-6
@@ -167,13 +205,13 @@ def test_tiles_are_few_and_alike(length):
   assert side <= kernels.SIDE["cpu"] and count == -(-length // kernels.SIDE["cpu"]) and count * side - length < count
 
 
-RUNS = list(product(("float32", "bfloat16", "float16"), (1, 2), (False, True), (False, True)))
+RUNS = list(product(("float32", "bfloat16", "float16"), (1, 2), (None, ALL, Rule(causal=True)), (False, True)))
 
 
-def refusal(kernel: str, dtype: str, seq: int, ids: bool, trains: bool) -> str:
+def refusal(kernel: str, dtype: str, seq: int, rule: Rule | None, trains: bool) -> str:
   """Why a kernel is refused, or nothing."""
   try:
-    attention.check("ring", kernel, mesh.build({"seq": seq}, count=seq), 4, dtype, ids, trains)
+    attention.check("ring", kernel, mesh.build({"seq": seq}, count=seq), 4, dtype, rule, trains)
   except BadInput as mistake:
     return str(mistake)
   return ""
@@ -192,11 +230,12 @@ def test_a_refusal_names_the_kernels_that_are_not_refused(here, monkeypatch):
 
 
 @pytest.mark.parametrize(("kernel", "platform", "run", "words"), [
-  ("cudnn", "gpu", ("bfloat16", 1, False, True), "needs a GPU, here is a cpu: use one of dense, blockwise."),
-  ("splash", "tpu", ("float32", 1, False, True), "needs a TPU, here is a cpu: use one of dense, blockwise."),
-  ("splash", "cpu", ("float16", 1, False, True), "works in float32 or bfloat16, not in float16: use one of dense"),
-  ("cudnn", "cpu", ("bfloat16", 2, False, True), "returns no log-sum-exp, which a ring of 2 needs: use one of"),
-  ("cudnn", "cpu", ("bfloat16", 1, True, True), "takes no segment ids or padding: use one of dense, blockwise."),
+  ("cudnn", "gpu", ("bfloat16", 1, None, True), "needs a GPU, here is a cpu: use one of dense, blockwise."),
+  ("splash", "tpu", ("float32", 1, None, True), "needs a TPU, here is a cpu: use one of dense, blockwise."),
+  ("splash", "cpu", ("float16", 1, None, True), "works in float32 or bfloat16, not in float16: use one of dense"),
+  ("cudnn", "cpu", ("bfloat16", 2, None, True), "returns no log-sum-exp, which a ring of 2 needs: use one of"),
+  ("cudnn", "cpu", ("bfloat16", 1, ALL, True), "takes no segment ids or padding: use one of dense, blockwise."),
+  ("splash", "cpu", ("float32", 1, Rule(window=2), True), "hides no frames from each other: use one of dense, blockw"),
 ])
 def test_what_a_kernel_cannot_do_is_said(kernel, platform, run, words, monkeypatch):
   monkeypatch.setitem(LOCAL, kernel, LOCAL[kernel]._replace(platform=platform))
@@ -206,4 +245,11 @@ def test_what_a_kernel_cannot_do_is_said(kernel, platform, run, words, monkeypat
 def test_cudnn_refuses_segments_also_where_nothing_was_checked():
   q, k, v, _ = arrays(8, 8)
   with pytest.raises(BadInput, match="takes no segment ids or padding"):
-    LOCAL["cudnn"].attend(q, k, v, (jnp.zeros((2, 8), jnp.int32),) * 2)
+    LOCAL["cudnn"].attend(q, k, v, (Marks(jnp.zeros((2, 8), jnp.int32)),) * 2)
+
+
+def test_splash_refuses_rules_of_frames_also_where_nothing_was_checked():
+  q, k, v, _ = arrays(8, 8)
+  zeros = jnp.zeros((2, 8), jnp.int32)
+  with pytest.raises(BadInput, match="kernel 'splash' hides no frames: choose mask 'all', or kernel 'blockwise'"):
+    LOCAL["splash"].attend(q, k, v, (Marks(zeros, zeros, Rule(window=1)),) * 2)

@@ -13,6 +13,7 @@ from compare import apart
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from overtake import overtaking
+from plain import inner, operations, sends, softmax
 from quick import QUICK
 
 from anisora_jax.errors import BadInput
@@ -22,146 +23,159 @@ from anisora_jax.models.wan.dit import WanDiT
 from anisora_jax.models.wan.placement import RULES
 from anisora_jax.models.wan.sizes import Size
 from anisora_jax.parallel import mesh, placement, traffic
+from anisora_jax.parallel.sight import ALL, Rule, sees
 
 HEADS = {"ring": 3, "ring_both": 3, "ulysses": 8, "hybrid": 6}
 TOGETHER = {"ulysses": {2: 2, 4: 4, 8: 8}, "hybrid": {2: 2, 4: 2, 8: 2}}  # so many devices exchange heads
 # Of two devices a ring goes one way, and the hybrid is Ulysses: see below.
-SPLITS = [(pattern, seq) for seq in (2, 4, 8) for pattern in HEADS if seq > 2 or pattern in ("ring", "ulysses")]
-LENGTHS = (30, 32, 33, 57)
-FRAMES, WIDTH = 3, 4
+TOKENS_SPLIT = [(pattern, 1, seq) for seq in (2, 4, 8) for pattern in HEADS
+                if seq > 2 or pattern in ("ring", "ulysses")]
+FRAMES_SPLIT = [("ring", 2, 1), ("ulysses", 2, 1), ("ring", 4, 1), ("ring_both", 2, 2), ("ulysses", 2, 2),
+                ("hybrid", 4, 1), ("ring", 4, 2), ("ring_both", 8, 1), ("ulysses", 2, 4), ("hybrid", 4, 2)]
+SPLITS = TOKENS_SPLIT + FRAMES_SPLIT
+FRAMES, WIDTH = 4, 4
+SEEN = {  # which frames each frame sees
+  ALL: "1111 1111 1111 1111",
+  Rule(causal=True): "1000 1100 1110 1111",
+  Rule(window=1): "1100 1110 0111 0011",
+  Rule(window=0, stride=3): "1001 1101 1011 1001",
+  Rule(causal=True, window=1): "1000 1100 0110 0011",
+}
 
 
-def on(seq: int):
-  return mesh.build({"seq": seq}, count=seq)
+def on(clip: int, seq: int):
+  return mesh.build({"clip": clip, "seq": seq}, count=clip * seq)
 
 
-def softmax(q, k, v, do, ids) -> list[np.ndarray]:
-  """Attention and its gradients with nothing clever, in f64."""
-  q, k, v, do = (x.astype(np.float64).reshape(len(x), -1, *x.shape[-2:]) for x in (q, k, v, do))
-  ids = ids.reshape(len(ids), -1)
-  seen = ((ids[:, :, None] == ids[:, None]) & (ids >= 0)[:, None])[:, None]
-  weights = np.where(seen, np.exp(np.einsum("blak,bsak->bals", q, k) / np.sqrt(WIDTH)), 0.0)
-  weights /= np.maximum(weights.sum(-1, keepdims=True), 1e-30)
-  o, slope = np.einsum("bals,bsak->blak", weights, v), np.einsum("blak,bsak->bals", do, v)
-  dlogits = weights * (slope - np.sum(weights * slope, -1, keepdims=True)) / np.sqrt(WIDTH)
-  return [o, np.einsum("bals,bsak->blak", dlogits, k), np.einsum("bals,blak->bsak", dlogits, q),
-          np.einsum("bals,blak->bsak", weights, do)]
+def seen(rule: Rule, frames: int) -> np.ndarray:
+  """[f, f]; what pads a film is hidden by its ids."""
+  table = np.ones((frames, frames), bool)
+  table[:FRAMES, :FRAMES] = np.array([list(row) for row in SEEN[rule].split()]) == "1"
+  return table
 
 
 @cache
-def case(heads: int, padded: int, lengths: tuple[int, ...], masked: bool):
-  """((q, k, v, do), ids, what is true): of each length a clip that is only padded, and one packed of segments."""
-  draw, ids = np.random.default_rng(padded), np.full((2 * len(lengths), FRAMES, padded), -1, np.int32)
-  for clip, length in enumerate(lengths):
-    ids[2 * clip, :, :length], ids[2 * clip + 1, :, :length] = 0, draw.integers(0, 3, (FRAMES, length))
-  ids = ids if masked else np.zeros_like(ids)
+def case(heads: int, clip: int, padded: int, lengths: tuple[int, ...], rule: Rule | None):
+  """((q, k, v, do), ids, rule, what is true): of each length a clip that is only padded, and one packed of segments.
+
+  rule: None for clips in which all see all.
+  """
+  f, draw = FRAMES + -FRAMES % clip, np.random.default_rng(padded)
+  ids = np.full((2 * len(lengths), f, padded), -1, np.int32)
+  for at, length in enumerate(lengths):
+    ids[2 * at, :FRAMES, :length], ids[2 * at + 1, :FRAMES, :length] = 0, draw.integers(0, 3, (FRAMES, length))
+  ids = np.zeros_like(ids) if rule is None else ids
   arrays = tuple(draw.normal(size=(*ids.shape, heads, WIDTH)).astype(np.float32) for _ in range(4))
-  return arrays, ids if masked else None, softmax(*arrays, ids)
+  return arrays, None if rule is None else ids, rule or ALL, softmax(*arrays, ids, seen(rule or ALL, f))
 
 
-def cases(pattern: str, seq: int) -> list:
-  """Tokens of a frame are padded as the network pads them; where they divide, once more without any mask."""
-  sizes = {length + -length % seq: [] for length in LENGTHS}
-  for length in LENGTHS:
-    sizes[length + -length % seq].append(length)
-  masked = [case(HEADS[pattern], padded, tuple(lengths), True) for padded, lengths in sizes.items()]
-  return [*masked, case(HEADS[pattern], 32, (32,), False)]
+def cases(pattern: str, clip: int, seq: int, kernel: str) -> list:
+  """Frames and their tokens are padded as the network pads them; last comes a clip that divides, without any mask.
+
+  Rules are dealt out, so that all come with every scheme and kernel, with padding and segments.
+  """
+  groups, splits = ((30, 32), (33,), (57,)), TOKENS_SPLIT if kernel == "dense" else FRAMES_SPLIT
+  first = len(groups) * [split for split in splits if split[0] == pattern].index((pattern, clip, seq))
+  masked = [case(HEADS[pattern], clip, lengths[-1] + -lengths[-1] % seq, lengths, [*SEEN][(first + at) % len(SEEN)])
+            for at, lengths in enumerate(groups)]
+  return [*masked, case(HEADS[pattern], clip, 32, (32,), None)]
 
 
-def attend(pattern: str, seq: int, kernel: str, arrays, ids):
+def test_every_rule_comes_with_every_scheme_and_kernel():
+  for pattern in HEADS:
+    for kernel, splits in (("dense", TOKENS_SPLIT), ("blockwise", FRAMES_SPLIT)):
+      dealt = {rule for name, *split in splits if name == pattern for _, _, rule, _ in cases(name, *split, kernel)}
+      assert dealt == set(SEEN), (pattern, kernel)
+  assert {(clip, seq) for _, clip, seq in SPLITS} == {(clip, seq) for clip in (1, 2, 4, 8) for seq in (1, 2, 4, 8)
+                                                     if 1 < clip * seq <= 8}
+
+
+def attend(pattern: str, there, kernel: str, arrays, ids, rule: Rule = ALL):
   """(attention, its gradients), which like those of a network wait until attention is done."""
   *arrays, do = arrays
-  o, back = jax.vjp(lambda *parts: PATTERNS[pattern](*parts, ids, on(seq), kernel), *arrays)
+  o, back = jax.vjp(lambda *parts: PATTERNS[pattern](*parts, ids, there, kernel, rule), *arrays)
   return o, *back(jnp.where(jnp.isnan(o), jnp.nan, do).astype(do.dtype))
 
 
-def one_after_another(pattern, seq, kernel, given):
+def one_after_another(pattern, there, kernel, given):
   """No case may start before the last one is done: on simulated devices its collectives could overtake."""
   made, known = [], 0.0
-  for arrays, ids in given:
-    made.append(attend(pattern, seq, kernel, [jnp.where(jnp.isnan(known), jnp.nan, x) for x in arrays], ids))
+  for arrays, ids, rule in given:
+    arrays = [jnp.where(jnp.isnan(known), jnp.nan, x) for x in arrays]
+    made.append(attend(pattern, there, kernel, arrays, ids, rule))
     known = sum(x.sum() for x in made[-1])
   return made
 
 
-def ways(pattern: str, seq: int) -> int:
-  return 2 if pattern == "ring_both" and seq > 2 else 1
+def ways(pattern: str, shards: int) -> int:
+  return 2 if pattern == "ring_both" and shards > 2 else 1
 
 
-@pytest.mark.parametrize(("pattern", "seq", "kernel", "logits"), [
-  *((pattern, seq, "dense", 1000 if seq == 4 else 2**20) for pattern, seq in SPLITS),
-  *((pattern, seq, "blockwise", 1 if pattern == "ring" and seq == 2 else 2**20) for pattern, seq in SPLITS),
-  ("ring_both", 4, "splash", 0)])
-def test_every_scheme_is_one_softmax_and_has_its_collectives(pattern, seq, kernel, logits, monkeypatch):
+@pytest.mark.parametrize(("pattern", "clip", "seq", "kernel", "logits"), [
+  *((*split, "dense", 1000 if split[2] == 4 else 2**20) for split in TOKENS_SPLIT),
+  *((*split, "blockwise", 1 if split == ("ring", 2, 1) else 2**20) for split in FRAMES_SPLIT),
+  ("ring_both", 1, 4, "splash", 0)])
+def test_every_scheme_is_one_softmax_and_has_its_collectives(pattern, clip, seq, kernel, logits, monkeypatch):
   """Values and gradients; the collectives of the compiled program. logits: so many at once, so that heads part."""
   monkeypatch.setitem(kernels.SIDE, "cpu", 20)
   monkeypatch.setitem(kernels.LOGITS, "cpu", logits)
   monkeypatch.setattr(splash, "INTERPRET", True)
   monkeypatch.setattr(attention, "STRAIGHT", ())  # as on accelerators; here nothing else is sent beside the loop
-  chosen = cases(pattern, seq)[slice(1, 2) if kernel == "splash" else slice(None)]
-  given = [(arrays, ids) for arrays, ids, _ in chosen]
-  split, whole = NamedSharding(on(seq), P(None, None, "seq")), NamedSharding(on(seq), P())
-  placed = [((split,) * 4, None if ids is None else whole) for _, ids in given]
-  run = jax.jit(partial(one_after_another, pattern, seq, kernel), in_shardings=(placed,), out_shardings=split)
+  chosen = [case(3, 1, 36, (33,), ALL)] if kernel == "splash" else cases(pattern, clip, seq, kernel)
+  there, given = on(clip, seq), [(arrays, ids, rule) for arrays, ids, rule, _ in chosen]
+  split, whole = NamedSharding(there, P(None, "clip", "seq")), NamedSharding(there, P())
+  placed = [((split,) * 4, None if ids is None else whole, rule) for _, ids, rule in given]
+  run = jax.jit(partial(one_after_another, pattern, there, kernel), in_shardings=(placed,), out_shardings=split)
   compiled = run.lower(given).compile(QUICK)
-  for made, (_, _, true) in zip(compiled(jax.device_put(given, placed)), chosen, strict=True):
+  for made, (*_, true) in zip(compiled(jax.device_put(given, placed)), chosen, strict=True):
     for got, want, most in zip(made, true, (1e-5, 1e-4, 1e-4, 1e-4), strict=True):
       assert apart(np.reshape(got, want.shape), want) < most
 
-  hlo, together = compiled.as_text(), TOGETHER.get(pattern, {}).get(seq, 1)
+  hlo, shards = compiled.as_text(), clip * seq
+  together = TOGETHER.get(pattern, {}).get(shards, 1)
   counts = Counter({kind: one.count for kind, one in traffic.sent(hlo).items()})
   assert counts["all-to-all"] == (8 * len(given) if together > 1 else 0)
-  hops = 2 * ways(pattern, seq) * (seq // together - 1)  # of keys and values, one round
+  hops = 2 * ways(pattern, shards) * (shards // together - 1)  # of keys and values, one round
   assert counts["collective-permute"] == 3 * hops * len(given)  # XLA sees that both passes begin with the same hop
   assert set(counts) <= {"all-to-all", "collective-permute", "all-reduce"}  # the sums of `one_after_another`
   assert overtaking(hlo) == []
 
 
-def inner(equation) -> list:
-  """The programs inside an operation."""
-  found = jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr"))
-  return [x for x in (getattr(x, "jaxpr", x) for x in found) if hasattr(x, "eqns")]
+def traced(pattern: str, there, heads: int, n: int, dtype=jnp.float32, rule: Rule | None = None):
+  array = jax.ShapeDtypeStruct((2, there.shape["clip"], n, heads, WIDTH), dtype)
+  segments = None if rule is None else jax.ShapeDtypeStruct(array.shape[:3], jnp.int32)
+  return jax.make_jaxpr(partial(attend, pattern, there, "dense", rule=rule or ALL))([array] * 4, segments)
 
 
-def operations(equation) -> set[str]:
-  """Names, its own and of all inside."""
-  return {equation.primitive.name}.union(*(operations(x) for part in inner(equation) for x in part.eqns))
-
-
-def sends(jaxpr, times: int = 1) -> Counter:
-  """{(from, to): bytes} of permutes, and {"exchanged": bytes a device sends}; of a traced program, loops multiplied."""
-  found = Counter()
-  for equation in jaxpr.eqns:
-    name, params = equation.primitive.name, equation.params
-    size = sum(math.prod(x.aval.shape) * x.aval.dtype.itemsize for x in equation.invars if hasattr(x.aval, "dtype"))
-    assert not re.search("psum|gather$|reduce_scatter", name) or name == "gather", name
-    if name == "ppermute":
-      found.update(dict.fromkeys(params["perm"], times * size))
-    elif name == "all_to_all":
-      group = len(params["axis_index_groups"][0])
-      found["exchanged"] += times * size * (group - 1) // group
-    for part in inner(equation):
-      found.update(sends(part, times * params["length"] if name == "scan" else times))
-  return found
-
-
-def traced(pattern: str, seq: int, heads: int, n: int, dtype=jnp.float32, ids: bool = False):
-  array = jax.ShapeDtypeStruct((2, 1, n, heads, WIDTH), dtype)
-  segments = jax.ShapeDtypeStruct((2, 1, n), jnp.int32) if ids else None
-  return jax.make_jaxpr(partial(attend, pattern, seq, "dense"))([array] * 4, segments)
-
-
-@pytest.mark.parametrize(("dtype", "ids"), [(jnp.float32, True), (jnp.bfloat16, False)])
-@pytest.mark.parametrize(("pattern", "seq"), SPLITS)
-def test_what_is_sent_is_what_the_formulas_say(pattern, seq, dtype, ids):
-  found = sends(traced(pattern, seq, HEADS[pattern], 4 * seq, dtype, ids).jaxpr)
-  together = TOGETHER.get(pattern, {}).get(seq, 1)
-  r, share, size = seq // together, 2 * 4 * HEADS[pattern] * WIDTH, jnp.dtype(dtype).itemsize
+@pytest.mark.parametrize(("dtype", "rule"), [(jnp.float32, Rule(True, 1)), (jnp.bfloat16, None)], ids=str)
+@pytest.mark.parametrize(("pattern", "clip", "seq"), SPLITS)
+def test_what_is_sent_is_what_the_formulas_say(pattern, clip, seq, dtype, rule):
+  found, shards = sends(traced(pattern, on(clip, seq), HEADS[pattern], 4 * seq, dtype, rule).jaxpr), clip * seq
+  together = TOGETHER.get(pattern, {}).get(shards, 1)
+  r, share, size = shards // together, 2 * 4 * HEADS[pattern] * WIDTH, jnp.dtype(dtype).itemsize
   assert found.pop("exchanged", 0) == 8 * share * size * (together - 1) / together  # q, k, v, o and their gradients
   # Keys and values go round in both passes; their gradients in f32, and as what they are gradients of on the last hop.
   ring = 2 * share * (2 * (r - 1) * size + (r - 1) * 4 + size) if r > 1 else 0
-  assert sum(found.values()) == seq * ring
-  assert max(found.values(), default=0) == ring / ways(pattern, seq)
+  assert sum(found.values()) == shards * ring
+  assert max(found.values(), default=0) == ring / ways(pattern, shards)
+
+
+def test_memory_grows_with_the_length_and_shrinks_with_the_devices(monkeypatch):
+  """Temporary memory of a ring's gradients on one device, when a tile is small beside its share."""
+  monkeypatch.setitem(kernels.SIDE, "cpu", 16)
+  monkeypatch.setitem(kernels.LOGITS, "cpu", 1)
+  monkeypatch.setattr(attention, "STRAIGHT", ())
+
+  def memory(seq, n, rule=ALL):
+    array = jax.ShapeDtypeStruct((1, 4, n, 2, 8), jnp.float32)
+    step = jax.jit(lambda *arrays: attend("ring", on(1, seq), "blockwise", arrays, None, rule)).lower(*[array] * 4)
+    return step.compile({"xla_cpu_enable_concurrency_optimized_scheduler": False}).memory_analysis().temp_size_in_bytes
+
+  base = memory(4, 2048)
+  found = {"longer": memory(4, 4096) / base, "longest": memory(4, 8192) / base, "more": memory(8, 4096) / base,
+           "causal": memory(4, 4096, Rule(causal=True)) / memory(4, 2048, Rule(causal=True))}
+  assert 1.9 < found["longer"] < 2.1 and 3.8 < found["longest"] < 4.2 and 0.9 < found["more"] < 1.1, found
+  assert found["causal"] < 2.2, found
 
 
 def loops(jaxpr) -> list:
@@ -182,10 +196,11 @@ def waits(body, first: str, then: str) -> bool:
   return False
 
 
+@pytest.mark.parametrize("rule", [None, Rule(causal=True)], ids=str)
 @pytest.mark.parametrize(("pattern", "seq"), [("ring", 4), ("ring_both", 4), ("hybrid", 8)])
-def test_transfers_can_hide_behind_the_products_of_a_turn(pattern, seq):
+def test_transfers_can_hide_behind_the_products_of_a_turn(pattern, seq, rule):
   """In every turn of both loops, nothing that is sent needs a product, and no product what arrives."""
-  found = loops(traced(pattern, seq, HEADS[pattern], 4 * seq).jaxpr)
+  found = loops(traced(pattern, on(1, seq), HEADS[pattern], 4 * seq, rule=rule).jaxpr)
   assert len(found) == 2
   for body in found:
     assert {"ppermute", "dot_general"} <= set().union(*map(operations, body.eqns))
@@ -195,7 +210,8 @@ def test_transfers_can_hide_behind_the_products_of_a_turn(pattern, seq):
 def test_a_scheme_that_has_no_room_is_the_simpler_one():
   """Two devices have one neighbour, one token no halves; heads that divide are all exchanged, others ring."""
   def same(one, other):
-    texts = [re.sub(r" at 0x\w+|ring_both|\bboth=\w+", "", str(traced(*parts))) for parts in (one, other)]
+    texts = [re.sub(r" at 0x\w+|ring_both|\bboth=\w+", "", str(traced(name, on(1, seq), *parts)))
+             for name, seq, *parts in (one, other)]
     return texts[0] == texts[1]
 
   assert same(("ring_both", 2, 3, 8), ("ring", 2, 3, 8)) and not same(("ring_both", 4, 3, 8), ("ring", 4, 3, 8))
@@ -209,8 +225,8 @@ def bare(q, k, v, ids, *name):
   logits = jnp.einsum("blak,bsak->bals", q, k) / np.sqrt(q.shape[-1])
   if ids is None:
     return jnp.einsum("bals,bsak->blak", jax.nn.softmax(logits), v)
-  seen = ((ids[0][:, :, None] == ids[1][:, None]) & (ids[1] >= 0)[:, None])[:, None]
-  weights = jnp.where(seen, jax.nn.softmax(jnp.where(seen, logits, -1e9)), 0.0)
+  known = jax.vmap(sees)(*ids)[:, None]
+  weights = jnp.where(known, jax.nn.softmax(jnp.where(known, logits, -1e9)), 0.0)
   return jnp.einsum("bals,bsak->blak", weights, v)
 
 
@@ -274,8 +290,8 @@ def test_a_scheme_that_cannot_run_is_refused_in_one_line(pattern, seq, tensor, h
 
 def test_only_rings_need_a_log_sum_exp(monkeypatch):
   monkeypatch.setitem(LOCAL, "bare", kernels.Local(bare))
-  attention.check("ulysses", "bare", on(8), 8, "float32")
-  attention.check("hybrid", "bare", on(8), 8, "float32")
+  attention.check("ulysses", "bare", on(1, 8), 8, "float32")
+  attention.check("hybrid", "bare", on(1, 8), 8, "float32")
   for pattern, heads, ring in (("ring", 8, 8), ("ring_both", 8, 8), ("hybrid", 6, 4)):
     with pytest.raises(BadInput, match=f"kernel 'bare' returns no log-sum-exp, which a ring of {ring} needs"):
-      attention.check(pattern, "bare", on(8), heads, "float32")
+      attention.check(pattern, "bare", on(1, 8), heads, "float32")

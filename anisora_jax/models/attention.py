@@ -9,6 +9,7 @@ from functools import partial
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from einops import rearrange
 from jax import lax
 from jax.sharding import Mesh
@@ -17,8 +18,10 @@ from jaxtyping import Array, Float, Int
 
 from anisora_jax.errors import BadInput, pick
 from anisora_jax.models.kernels import LOCAL, Local
-from anisora_jax.parallel.mesh import BATCH, CLIP, clip_shards
+from anisora_jax.parallel.halo import near
+from anisora_jax.parallel.mesh import BATCH, CLIP
 from anisora_jax.parallel.ring import AllIds, Route, ring
+from anisora_jax.parallel.sight import ALL, Marks, Rule
 from anisora_jax.parallel.ulysses import ulysses
 from anisora_jax.shapes import Heads, Segments
 
@@ -28,21 +31,25 @@ STRAIGHT = ("cpu",)  # platforms on which rings are no loops, see `Route`
 TO_TEXT = "attention to text"
 
 
-def check(pattern: str, kernel: str, mesh: Mesh, heads: int, dtype: str, ids: bool = False,
+def check(pattern: str, kernel: str, mesh: Mesh, heads: int, dtype: str, rule: Rule | None = None,
           trains: bool = True) -> None:
   """Refuses, before anything is compiled, a pattern or kernel that cannot run here, and names the kernels that can.
 
-  ids: whether some tokens do not see all others. trains: whether gradients are asked for. Raises BadInput.
+  rule: of frames; ALL where padding and segments are all that hides, None where nothing does. trains: whether gradients
+  are asked for. Raises BadInput.
   """
   scheme = pick(PATTERNS, pattern, "attention pattern")
   asked = pick(LOCAL, kernel, "attention kernel")
   if heads % mesh.shape["tensor"]:
     raise BadInput(f"{heads} heads do not divide by mesh axis tensor = {mesh.shape['tensor']}: choose a divisor.")
-  shards, own = clip_shards(mesh), heads // mesh.shape["tensor"]
+  shards, together = scheme.split(mesh, heads)
   if shards > 1 and pattern == "full":
-    others = ", ".join(repr(name) for name in PATTERNS if name != pattern)
+    others = ", ".join(repr(name) for name, other in PATTERNS.items() if name != pattern and not other.nearby)
     raise BadInput(f"pattern 'full' needs mesh axes clip x seq = 1, got {shards}: use {others}.")
-  together = scheme.together(shards, own)
+  if scheme.nearby and (rule is None or rule.window is None):
+    raise BadInput(f"pattern {pattern!r} needs a window of frames: give mask 'window:24' or 'window:24+globals:24', or "
+                   "use 'ring'.")
+  own = heads // mesh.shape["tensor"]
   if own % together:
     raise BadInput(f"pattern {pattern!r} needs the heads of a device to divide by clip x seq = {shards}, got {own} "
                    f"({heads} over tensor = {mesh.shape['tensor']}): use 'hybrid' or 'ring'.")
@@ -52,7 +59,8 @@ def check(pattern: str, kernel: str, mesh: Mesh, heads: int, dtype: str, ids: bo
     (f"works in {' or '.join(asked.dtypes)}, not in {dtype}", lambda x: dtype in x.dtypes),
     (f"returns no log-sum-exp, which a ring of {shards // together} needs",
      lambda x: x.block is not None or shards == together),
-    ("takes no segment ids or padding", lambda x: x.ids or not ids),
+    ("takes no segment ids or padding", lambda x: x.ids or rule is None),
+    ("hides no frames from each other", lambda x: x.frames or not rule),
     ("has no backward pass", lambda x: x.trains or not trains)]
   able = [name for name, local in LOCAL.items() if all(can(local) for _, can in needs)]
   for lack, can in needs:
@@ -61,46 +69,71 @@ def check(pattern: str, kernel: str, mesh: Mesh, heads: int, dtype: str, ids: bo
 
 
 class Pattern(NamedTuple):
-  """Every token sees every token of its clip; tokens split over the mesh axes clip and seq.
+  """Tokens see what their rule lets them see; those of a clip are split over the mesh axes clip and seq.
 
-  together: (devices that share a clip, heads of a device) -> how many neighbours exchange heads for tokens, as
-  `ulysses` says; rings join what is left. both: whether keys travel both ways round a ring.
+  together: (devices of the axes, heads of a device) -> how many neighbours exchange heads for tokens, as `ulysses`
+  says; rings join what is left. both: whether keys travel both ways round a ring. nearby: devices that hold other
+  frames send only those that a rule with a window lets be seen, as `halo` says; then the axis is seq.
   """
 
   together: Callable[[int, int], int]
   both: bool = False
+  nearby: bool = False
 
-  def __call__(self, q: Heads, k: Heads, v: Heads, segments: Segments | None, mesh: Mesh, kernel: str) -> Heads:
-    shards, local = clip_shards(mesh), LOCAL[kernel]
-    together = self.together(shards, q.shape[-2] // mesh.shape["tensor"])
+  @property
+  def axes(self) -> tuple[str, ...]:
+    """Over which keys go round or heads are exchanged."""
+    return ("seq",) if self.nearby else CLIP
+
+  def split(self, mesh: Mesh, heads: int) -> tuple[int, int]:
+    """(devices of the axes, how many of them exchange heads)."""
+    devices = math.prod(mesh.shape[axis] for axis in self.axes)
+    return devices, self.together(devices, heads // mesh.shape["tensor"])
+
+  def __call__(self, q: Heads, k: Heads, v: Heads, segments: Segments | None, mesh: Mesh, kernel: str,
+               rule: Rule = ALL) -> Heads:
+    (devices, together), local = self.split(mesh, q.shape[-2]), LOCAL[kernel]
     inner = partial(_alone, kernel=local)
-    if together < shards:
+    if together < devices:
       straight = mesh.devices.flat[0].platform in STRAIGHT
-      inner = partial(ring, route=Route(CLIP, together, self.both, straight), kernel=local.block)
+      inner = partial(ring, route=Route(self.axes, together, self.both, straight), kernel=local.block)
     if together > 1:
-      inner = partial(ulysses, axes=CLIP, together=together, inner=inner)
-    return _over_shards(inner, mesh, local, q, k, v, segments)
+      inner = partial(ulysses, axes=self.axes, together=together, inner=inner)
+
+    def flat(q, k, v, segments):
+      marks = partial(_marks, segments, seq=mesh.shape["seq"], rule=rule)
+      f, shape = q.shape[1], q.shape
+      if self.nearby:
+        k, v, frames = near(k, v, rule, "clip")
+        ids = marks(lax.axis_index("clip") * f + jnp.arange(f)[None]), marks(frames[None])
+      else:
+        ids = None if segments is None else (marks(jnp.arange(segments.shape[1]).reshape(-1, f)),) * 2
+      q, k, v = (x.reshape(shape[0], -1, *shape[-2:]) for x in (q, k, v))  # attention does not care about the order
+      return inner(q, k, v, ids).reshape(shape)
+
+    if rule and segments is None:
+      segments = jnp.zeros(q.shape[:3], jnp.int32)
+    heads = P(BATCH, *CLIP, "tensor", None)
+    return jax.shard_map(flat, mesh=mesh, in_specs=(heads, heads, heads, P(BATCH)), out_specs=heads,
+                         check_vma=local.typed)(q, k, v, segments)
 
 
 def _alone(q: Array, k: Array, v: Array, ids: AllIds, kernel: Local) -> Array:
   """All tokens are here."""
-  return kernel.attend(q, k, v, None if ids is None else (ids[0], ids[0]))
+  return kernel.attend(q, k, v, jax.tree.map(lambda x: x[0], ids))
 
 
-def _over_shards(body: Callable, mesh: Mesh, kernel: Local, q: Heads, k: Heads, v: Heads, segments: Segments | None):
-  """Runs `body` on each device's tokens, frames flattened: attention does not care about the order of tokens.
+def _marks(segments: Segments, frames: Int[Array, "c _"], seq: int, rule: Rule) -> Marks:
+  """The marks of the tokens of devices [c seq, b, f n] that keep these frames of a film, negative ones of none.
 
-  It gets the segments of all tokens, [clip seq, b, l]: they weigh little, and need not be sent where all are known.
+  They weigh little, and need not be sent where all are known.
   """
-  def flat(q, k, v, ids):
-    shape = q.shape
-    return body(*(x.reshape(shape[0], -1, *shape[-2:]) for x in (q, k, v)), ids).reshape(shape)
+  def share(x):
+    return rearrange(x, "b c f (r n) -> (c r) b (f n)", r=seq)
 
-  if segments is not None:
-    segments = rearrange(segments, "b (c f) (r n) -> (c r) b (f n)", c=mesh.shape["clip"], r=mesh.shape["seq"])
-  heads = P(BATCH, *CLIP, "tensor", None)
-  return jax.shard_map(flat, mesh=mesh, in_specs=(heads, heads, heads, P(None, BATCH)), out_specs=heads,
-                       check_vma=kernel.typed)(q, k, v, segments)
+  segments = jnp.where(frames[..., None] < 0, -1, jnp.take(segments, frames, 1, mode="clip"))
+  frames = jnp.broadcast_to(frames[..., None], segments.shape)
+  return Marks(share(segments), share(frames), rule) if rule else Marks(share(segments))
 
 
 def to_text(q: Heads, k: Float[Array, "b s a k"], v: Float[Array, "b s a k"], mesh: Mesh, kernel: str,
@@ -114,7 +147,7 @@ def to_text(q: Heads, k: Float[Array, "b s a k"], v: Float[Array, "b s a k"], me
   def flat(q, k, v, ids):
     k, v = (lax.pcast(x, CLIP, to="varying") for x in (k, v))  # their gradients are summed over the shards
     if ids is not None:
-      ids = ids[0].reshape(len(q), -1), lax.pcast(ids[1], CLIP, to="varying")
+      ids = Marks(ids[0].reshape(len(q), -1)), Marks(lax.pcast(ids[1], CLIP, to="varying"))
     return local.attend(q.reshape(q.shape[0], -1, *q.shape[-2:]), k, v, ids, TO_TEXT).reshape(q.shape)
 
   heads, words = P(BATCH, *CLIP, "tensor", None), P(BATCH, None, "tensor", None)
@@ -129,4 +162,5 @@ PATTERNS = {  # name in configs -> function
   "ring_both": Pattern(lambda seq, heads: 1, both=True),
   "ulysses": Pattern(lambda seq, heads: seq),
   "hybrid": Pattern(math.gcd),  # as many exchange as heads divide by, since an exchange sends less than a ring
+  "local_global": Pattern(math.gcd, nearby=True),
 }

@@ -15,12 +15,13 @@ import jax.numpy as jnp
 from einops import rearrange, repeat
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from anisora_jax.errors import BadInput
 from anisora_jax.models import splash
 from anisora_jax.models.splash import EMPTY
 from anisora_jax.parallel.ring import SAVED, Ids, Kernel, Keys, LogSum, Queries
+from anisora_jax.parallel.sight import Marks, meet, sees
 
 HIDDEN = -1e38  # a logit that no softmax sees: so low that it weighs 0, also where nothing else is seen
 F32 = {"preferred_element_type": jnp.float32}
@@ -48,21 +49,33 @@ def even(length: int) -> int:
 def _by_head(work: Callable, side: Side, ids: Ids, *arrays: Array) -> tuple[Array, ...]:
   """Maps `work` over the heads of all clips: as many at once as LOGITS allows, at least one.
 
-  arrays: [b, l, a, k], which work sees as [l, k], or [b, a, l], seen as [l]; last it gets the ids of its clip. What it
-  returns comes back in the same two forms.
+  arrays: [b, l, a, k], which work sees as [l, k], or [b, a, l], seen as [l]; then it gets the ids of its clip, and last
+  the same for all, which tiles of keys the tiles of queries meet. What it returns comes back in the same two forms.
   """
   (b, l, a, _), s = arrays[0].shape, arrays[1].shape[1]
+  met = _met(side, ids)
   if ids is None and s % side(s):  # the keys that fill the last tile up must be hidden
-    ids = jnp.zeros((b, l), jnp.int32), jnp.zeros((b, s), jnp.int32)
+    ids = Marks(jnp.zeros((b, l), jnp.int32)), Marks(jnp.zeros((b, s), jnp.int32))
   apart = [rearrange(x, "b l a k -> (b a) l k" if x.ndim == 4 else "b a l -> (b a) l") for x in arrays]
   apart.append(jax.tree.map(lambda x: repeat(x, "b l -> (b a) l", a=a), ids))
   most = LOGITS.get(jax.default_backend(), LOGITS_ELSEWHERE) // (side(l) * side(s))
   group = max(size for size in range(1, b * a + 1) if b * a % size == 0 and size <= max(1, most))
   if group == b * a:  # a loop of one turn would only hide the work from the compiler
-    done = jax.vmap(work)(*apart)
+    done = jax.vmap(lambda *heads: work(*heads, met))(*apart)
   else:
-    done = lax.map(lambda heads: work(*heads), tuple(apart), batch_size=group)
+    done = lax.map(lambda heads: work(*heads, met), tuple(apart), batch_size=group)
   return tuple(rearrange(x, "(b a) l k -> b l a k" if x.ndim == 3 else "(b a) l -> b a l", b=b) for x in done)
+
+
+def _met(side: Side, ids: Ids) -> Bool[Array, "t u"] | None:
+  """Which tiles of keys [u] hold something that a tile of queries [t] of any clip sees; None: it may be all."""
+  if ids is None:
+    return None
+  queries, keys = (jax.vmap(partial(_tiles, side(x.segment.shape[1])))(x) for x in ids)
+  if queries.segment.shape[1] * keys.segment.shape[1] == 1:
+    return None
+  queries, keys = jax.tree.map(lambda x: x[:, :, None], queries), jax.tree.map(lambda x: x[:, None], keys)
+  return meet(queries, keys).any(0)
 
 
 def _tiles(side: int, arrays):
@@ -83,19 +96,30 @@ def _loop(turn: Callable, carry, tiles):
   return carry, jax.tree.map(lambda x: x[None], made)
 
 
-def _logits(rows: Float[Array, "x k"], columns: Float[Array, "y k"], row_ids, column_ids) -> Float[Array, "x y"]:
+def _logits(rows: Float[Array, "x k"], columns: Float[Array, "y k"], seen) -> Float[Array, "x y"]:
   """Before they are scaled, which costs nothing where they are exponentiated."""
   logits = jnp.einsum("xk,yk->xy", rows, columns, **F32)
-  if row_ids is None:
-    return logits
-  return jnp.where((row_ids[:, None] == column_ids[None]) & (column_ids >= 0)[None], logits, HIDDEN)
+  return logits if seen is None else jnp.where(seen, logits, HIDDEN)
+
+
+def _sees(q_ids, k_ids) -> Bool[Array, "l s"] | None:
+  return None if q_ids is None else sees(q_ids, k_ids)
+
+
+def _if(met, work: Callable, otherwise):
+  """work(), but `otherwise` where a tile meets nothing that it sees; the other way round is not known."""
+  return work() if met is None else lax.cond(met, work, lambda: otherwise)
 
 
 def _fold(join: Callable, part: Callable, start, tiles):
-  """The parts of all tiles joined, one after another."""
+  """The parts of all tiles joined, one after another. Of a tile, the last says whether it is met."""
   if len(jax.tree.leaves(tiles)[0]) == 1:
     return part(jax.tree.map(lambda x: x[0], tiles))
-  return lax.scan(lambda joined, tile: (join(joined, part(tile)), None), start, tiles)[0]
+
+  def turn(joined, tile):
+    return _if(tile[-1], lambda: join(joined, part(tile)), joined), None
+
+  return lax.scan(turn, start, tiles)[0]
 
 
 def _join(one: tuple[Array, ...], other: tuple[Array, ...], scale: float) -> tuple[Array, ...]:
@@ -113,23 +137,23 @@ class Tiled:
   side: Side
 
   def forward(self, q: Queries, k: Keys, v: Keys, ids: Ids = None):
-    def head(q, k, v, ids):
+    def head(q, k, v, ids, met):
       (l, width), s, (q_ids, k_ids) = q.shape, len(k), ids or (None, None)
-      queries, keys = _tiles(self.side(l), (q, q_ids)), _tiles(self.side(s), (k, v, k_ids))
+      queries, keys = (*_tiles(self.side(l), (q, q_ids)), met), _tiles(self.side(s), (k, v, k_ids))
 
       def row(_, tile):
-        q, q_ids = tile
+        q, q_ids, met = tile
 
         def part(tile):
-          k, v, k_ids = tile
-          logits = _logits(q, k, q_ids, k_ids)
+          k, v, k_ids, _ = tile
+          logits = _logits(q, k, _sees(q_ids, k_ids))
           top = jnp.maximum(logits.max(-1), EMPTY)
           weights = jnp.exp((logits - top[:, None]) * width ** -0.5)
           return jnp.einsum("ls,sk->lk", weights.astype(v.dtype), v, **F32), weights.sum(-1), top
 
         none = jnp.zeros_like(q, jnp.float32)
         start = none, none[:, 0], jnp.full_like(none[:, 0], EMPTY)
-        o, total, top = _fold(partial(_join, scale=width ** -0.5), part, start, keys)
+        o, total, top = _fold(partial(_join, scale=width ** -0.5), part, start, (*keys, met))
         some = jnp.where(total == 0, 1.0, total)
         return None, (o / some[:, None], jnp.where(total == 0, EMPTY, top * width ** -0.5 + jnp.log(some)))
 
@@ -139,24 +163,31 @@ class Tiled:
     return _by_head(head, self.side, ids, q, k, v)
 
   def backward(self, q: Queries, k: Keys, v: Keys, ids: Ids, lse: LogSum, delta: LogSum, do: Queries):
-    def head(q, k, v, lse, delta, do, ids):
+    def head(q, k, v, *rest):
+      lse, delta, do, ids, met = rest
       (l, width), s, (q_ids, k_ids) = q.shape, len(k), ids or (None, None)
-      queries, keys = _tiles(self.side(l), (q, lse, delta, do, q_ids)), _tiles(self.side(s), (k, v, k_ids))
+      queries = _tiles(self.side(l), (q, lse, delta, do, q_ids))
+      keys = *_tiles(self.side(s), (k, v, k_ids)), None if met is None else met.T
 
       def column(dq, tile):
-        k, v, k_ids = tile
+        k, v, k_ids, met = tile
 
-        def row(carry, tile):
+        def work(carry, tile):
           (dk, dv), (q, lse, delta, do, q_ids) = carry, tile
           # [s, l]: XLA's products on a CPU are slow where they sum over the first side of a tile, here once, not twice.
-          weights = jnp.exp(_logits(k, q, k_ids, q_ids) * width ** -0.5 - lse[None])
+          seen = None if q_ids is None else _sees(q_ids, k_ids).T
+          weights = jnp.exp(_logits(k, q, seen) * width ** -0.5 - lse[None])
           dlogits = (weights * (jnp.einsum("sk,lk->sl", v, do, **F32) - delta[None])).astype(q.dtype)
           dk = dk + jnp.einsum("sl,lk->sk", dlogits, q, **F32)
           dv = dv + jnp.einsum("sl,lk->sk", weights.astype(do.dtype), do, **F32)
           return (dk, dv), jnp.einsum("sl,sk->lk", dlogits, k, **F32)
 
+        def row(carry, tile):
+          *tile, met = tile
+          return _if(met, lambda: work(carry, tile), (carry, jnp.zeros_like(tile[0], jnp.float32)))
+
         none = jnp.zeros_like(k, jnp.float32)
-        kept, dq_part = _loop(row, (none, none), queries)
+        kept, dq_part = _loop(row, (none, none), (*queries, met))
         return dq + dq_part, kept
 
       dq, (dk, dv) = _loop(column, jnp.zeros_like(queries[0], jnp.float32), keys)
@@ -216,6 +247,7 @@ class Local(NamedTuple):
   attend: Callable[..., Array]      # (q, k, v, ids, name = SAVED) -> o, all keys on one device
   block: Kernel | None = None       # one block of keys with its log-sum-exp, as a ring needs; None: it returns none
   ids: bool = True                  # takes segment ids, and so padding
+  frames: bool = True               # takes rules of frames
   trains: bool = True               # has a backward pass
   platform: str | None = None       # the only one it runs on
   dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
@@ -229,6 +261,7 @@ def _from_blocks(block: Kernel, **limits) -> Local:
 LOCAL = {  # name in configs -> kernel
   "dense": _from_blocks(DENSE),
   "blockwise": _from_blocks(BLOCKWISE),
-  "splash": _from_blocks(splash.SPLASH, platform="tpu", dtypes=("float32", "bfloat16"), typed=False),
-  "cudnn": Local(cudnn, ids=False, platform="gpu", dtypes=("bfloat16", "float16")),
+  "splash": _from_blocks(splash.SPLASH, platform="tpu", dtypes=("float32", "bfloat16"), typed=False,
+                         frames=False),
+  "cudnn": Local(cudnn, ids=False, frames=False, platform="gpu", dtypes=("bfloat16", "float16")),
 }

@@ -13,6 +13,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 from jaxtyping import Array, Float
 
+from anisora_jax.errors import BadInput
 from anisora_jax.parallel.ring import Ids, Kernel, Keys, LogSum, Queries
 
 EMPTY = -1e29      # the log-sum-exp of a query that sees nothing; finite, so that two empty blocks merge without nan
@@ -46,7 +47,9 @@ def _segments(ids: Ids, b: int, l: int, s: int) -> pallas.SegmentIds | None:
   """Ids as splash takes them, which lets all equal ones meet: negative ones differ between queries and keys."""
   if ids is None and s % _side(s) == 0:
     return None
-  queries, keys = ids or (jnp.zeros((b, l), jnp.int32), jnp.zeros((b, s), jnp.int32))
+  if ids and ids[0].rule:
+    raise BadInput("kernel 'splash' hides no frames: choose mask 'all', or kernel 'blockwise'.")
+  queries, keys = (x.segment for x in ids) if ids else (jnp.zeros((b, l), jnp.int32), jnp.zeros((b, s), jnp.int32))
   return pallas.SegmentIds(_fill(jnp.where(queries < 0, -2, queries), 1, -2), _fill(jnp.maximum(keys, -1), 1, -1))
 
 

@@ -10,6 +10,7 @@ From: Liu et al. 2023, arXiv:2310.01889; the partial softmax is Milakov and Gime
 directions of a link are used by TokenRing, Wang et al. 2024, arXiv:2412.20501.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -17,15 +18,17 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
+
+from anisora_jax.parallel.sight import Marks, meet
 
 SAVED = "attention"  # the name under which rematerialisation policies find the output and its log-sum-exp
 
 Queries = Float[Array, "b l a k"]
 Keys = Float[Array, "b s a k"]
 LogSum = Float[Array, "b a l"]
-Ids = tuple[Int[Array, "b l"], Int[Array, "b s"]] | None  # of queries and of keys; None: all see all
-AllIds = Int[Array, "r b l"] | None  # of every device of a ring, in its order
+Ids = tuple[Marks, Marks] | None  # of queries [b, l] and of keys [b, s]; None: all see all
+AllIds = Ids  # of every device of a ring, in its order: [r, b, l] and [r, b, s]
 
 
 class Forward(Protocol):
@@ -88,9 +91,10 @@ class Route(NamedTuple):
     """Of this device's queries, and of the keys that are here at that turn."""
     if ids is None:
       return None
-    own = lax.axis_index(self.axes) // self.apart
-    parts = [ids[(own - way * turn) % self.size()][:, part] for way, part in self.ways(ids.shape[-1])]
-    return ids[own], jnp.concatenate(parts, 1)
+    own, (queries, keys) = lax.axis_index(self.axes) // self.apart, ids
+    parts = [jax.tree.map(lambda x: x[(own - way * turn) % self.size()][:, part], keys)  # noqa: B023, done at once
+             for way, part in self.ways(keys.segment.shape[-1])]
+    return jax.tree.map(lambda x: x[own], queries), jax.tree.map(lambda *x: jnp.concatenate(x, 1), *parts)
 
 
 def _heads_first(weight: LogSum) -> Float[Array, "b l a 1"]:
@@ -104,19 +108,30 @@ def merge(one: tuple[Array, Array], other: tuple[Array, Array]) -> tuple[Array, 
   return o1 * _heads_first(jnp.exp(lse1 - lse)) + o2 * _heads_first(jnp.exp(lse2 - lse)), lse
 
 
+def _seen(ids: Ids, work: Callable, otherwise):
+  """work(), but `otherwise` where a rule leaves a whole block unseen."""
+  if ids is None or not ids[0].rule:
+    return work()
+  return lax.cond(meet(*ids).any(), work, lambda: otherwise)
+
+
 def _forward(q, k, v, ids, route: Route, kernel: Kernel) -> tuple[Array, Array]:
   size = route.size()
   arriving = route.send((k, v)) if size > 1 else None
   result = kernel.forward(q, k, v, route.ids(ids, 0))
 
+  def join(result, block, turn):
+    there = route.ids(ids, turn)
+    return _seen(there, lambda: merge(result, kernel.forward(q, *block, there)), result)
+
   def step(carry, turn):
     result, block = carry
     arriving = route.send(block)
-    return (merge(result, kernel.forward(q, *block, route.ids(ids, turn))), arriving), None
+    return (join(result, block, turn), arriving), None
 
   if size > 1:  # the last block is not passed on
     (result, block), _ = lax.scan(step, (result, arriving), jnp.arange(1, size - 1), unroll=route.straight)
-    result = merge(result, kernel.forward(q, *block, route.ids(ids, size - 1)))
+    result = join(result, block, size - 1)
   return result[0].astype(q.dtype), result[1]
 
 
@@ -124,9 +139,9 @@ def _forward(q, k, v, ids, route: Route, kernel: Kernel) -> tuple[Array, Array]:
 def ring(q: Queries, k: Keys, v: Keys, ids: AllIds, route: Route, kernel: Kernel) -> Queries:
   """Exact attention over all tokens of a ring of devices; call inside shard_map.
 
-  q, k, v: this device's share. ids: of the tokens of all shares, whole on every device, since they weigh little;
-  tokens attend to tokens of equal id, negative ids to nothing and by nothing; None: everything attends to everything.
-  Logits are scaled by 1/sqrt(k). Returns q's dtype.
+  q, k, v: this device's share, in which there may be more or fewer keys than queries. ids: of the tokens of all shares,
+  whole on every device, since they weigh little; None: everything attends to everything. Logits are scaled by
+  1/sqrt(k). Returns q's dtype.
   """
   return _forward(q, k, v, ids, route, kernel)[0]
 
@@ -142,7 +157,9 @@ def _ring_backward(route, kernel, saved, do):
   delta = jnp.einsum("blak,blak->bal", o.astype(jnp.float32), do.astype(jnp.float32))
 
   def gradients(block, turn):
-    dq, dk, dv = kernel.backward(q, *block, route.ids(ids, turn), lse, delta, do)
+    there = route.ids(ids, turn)
+    none = tuple(jnp.zeros_like(x, jnp.float32) for x in (q, *block))
+    dq, dk, dv = _seen(there, lambda: kernel.backward(q, *block, there, lse, delta, do), none)
     return dq, (dk, dv)
 
   def step(carry, turn):

@@ -8,18 +8,17 @@ From: Jacobs et al. 2023, arXiv:2309.14509; with rings: Fang and Zhao 2024, arXi
 
 from collections.abc import Callable
 
+import jax
 import numpy as np
 from einops import rearrange
 from jax import lax
-from jaxtyping import Array, Int
 
-from anisora_jax.parallel.ring import AllIds, Queries
+from anisora_jax.parallel.ring import AllIds, Keys, Queries
 
-Inner = Callable[[Queries, Queries, Queries, Int[Array, "r b t"] | None], Queries]
+Inner = Callable[[Queries, Keys, Keys, AllIds], Queries]
 
 
-def ulysses(q: Queries, k: Queries, v: Queries, ids: AllIds, axes: tuple[str, ...], together: int,
-            inner: Inner) -> Queries:
+def ulysses(q: Queries, k: Keys, v: Keys, ids: AllIds, axes: tuple[str, ...], together: int, inner: Inner) -> Queries:
   """Attention of q, k, v, this device's share of the tokens, by `inner`; call inside shard_map.
 
   ids: of the tokens of all devices of the mesh axes, whole on each; None: everything attends to everything. together:
@@ -32,5 +31,5 @@ def ulysses(q: Queries, k: Queries, v: Queries, ids: AllIds, axes: tuple[str, ..
     return lax.all_to_all(x, axes, apart, joined, axis_index_groups=groups, tiled=True)
 
   q, k, v = (exchange(x, 2, 1) for x in (q, k, v))
-  ids = None if ids is None else rearrange(ids, "(r u) b l -> r b (u l)", u=together)
+  ids = jax.tree.map(lambda x: rearrange(x, "(r u) b l -> r b (u l)", u=together), ids)
   return exchange(inner(q, k, v, ids), 1, 2)

@@ -1,0 +1,151 @@
+"""Local and global attention over a film that is split by frames: one softmax, whose keys come once and from near."""
+
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from compare import apart
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from overtake import overtaking
+from plain import sends, softmax
+from quick import QUICK
+
+from anisora_jax.errors import BadInput
+from anisora_jax.models import attention, kernels
+from anisora_jax.models.attention import PATTERNS
+from anisora_jax.parallel import mesh
+from anisora_jax.parallel.halo import halo
+from anisora_jax.parallel.sight import Rule
+
+HEADS, WIDTH = 2, 4
+
+
+def on(clip: int, seq: int):
+  return mesh.build({"clip": clip, "seq": seq}, count=clip * seq)
+
+
+def attend(there, kernel: str, rule: Rule, ids, pattern: str, arrays):
+  """(attention, its gradients), which wait until attention is done."""
+  *arrays, do = arrays
+  o, back = jax.vjp(lambda *parts: PATTERNS[pattern](*parts, ids, there, kernel, rule), *arrays)
+  return o, *back(jnp.where(jnp.isnan(o), jnp.nan, do).astype(do.dtype))
+
+
+def scope(window: int, globals_: set[int], frames: int, causal: bool = False) -> np.ndarray:
+  """[f, f]: which frames each frame sees."""
+  return np.array([[(abs(i - j) <= window or j in globals_) and not (causal and j > i) for j in range(frames)]
+                   for i in range(frames)])
+
+
+# Windows within a share of the frames, over several, and beyond the film; globals on every device, on some, and none.
+CASES = {
+  "within": (Rule(window=1, stride=2), scope(1, {0, 2, 4, 6}, 8)),
+  "over": (Rule(window=3, stride=5), scope(3, {0, 5}, 8)),
+  "beyond": (Rule(window=20, stride=3), scope(20, set(), 8)),
+  "local": (Rule(window=2), scope(2, set(), 8)),
+  "global": (Rule(window=0, stride=3), scope(0, {0, 3, 6}, 8)),
+  "causal": (Rule(causal=True, window=1, stride=4), scope(1, {0, 4}, 8, True)),
+}
+
+
+@pytest.mark.parametrize(("clip", "seq", "kernel", "names"), [
+  (2, 1, "blockwise", ("within", "over")), (4, 1, "dense", ("over", "causal")), (8, 1, "blockwise", ("over", "beyond")),
+  (1, 4, "dense", ("within", "local")), (2, 2, "dense", ("global", "causal")),
+  (4, 2, "blockwise", ("within", "causal")), (2, 4, "blockwise", ("local", "global")),
+  (1, 8, "dense", ("global", "beyond"))])
+def test_what_is_near_and_what_all_see_is_one_softmax(clip, seq, kernel, names, monkeypatch):
+  """Values and gradients. Two clips: one padded in frames and tokens as the network pads, one packed of segments."""
+  monkeypatch.setitem(kernels.SIDE, "cpu", 20)
+  there, draw = on(clip, seq), np.random.default_rng(clip)
+  ids = draw.integers(-1, 2, (2, 8, 9 + -9 % seq)).astype(np.int32)
+  ids[:, :, 9:], ids[0, :7, :9], ids[0, 7] = -1, 0, -1
+  arrays = [draw.normal(size=(*ids.shape, HEADS, WIDTH)).astype(np.float32) for _ in range(4)]
+  split = NamedSharding(there, P(None, "clip", "seq"))
+
+  def both(ids, *arrays):
+    first = attend(there, kernel, CASES[names[0]][0], ids, "local_global", arrays)
+    known = sum(x.sum() for x in first)  # on simulated devices collectives of the second could overtake
+    return first, attend(there, kernel, CASES[names[1]][0], ids, "local_global",
+                         [jnp.where(jnp.isnan(known), jnp.nan, x) for x in arrays])
+
+  run = jax.jit(both, in_shardings=(None, *[split] * 4), out_shardings=split).lower(ids, *arrays).compile(QUICK)
+  for name, made in zip(names, run(ids, *jax.device_put(arrays, split)), strict=True):
+    for got, want in zip(made, softmax(*arrays, ids, CASES[name][1]), strict=True):
+      assert apart(np.reshape(got, want.shape), want) < (1e-5 if got is made[0] else 1e-4), name
+  assert overtaking(run.as_text()) == []
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_no_gradient_reaches_frames_out_of_scope(name):
+  """The gradient of each frame with respect to each is exactly zero outside of the scope, and not within."""
+  rule, seen = CASES[name]
+  there, draw = on(4, 2), np.random.default_rng(0)
+  q, k, v = (jnp.asarray(draw.normal(size=(1, 8, 2, HEADS, WIDTH)), jnp.float32) for _ in range(3))
+
+  @partial(jax.jit, compiler_options=QUICK)
+  def influence(q, k, v):
+    _, back = jax.vjp(lambda *kv: PATTERNS["local_global"](q, *kv, None, there, "dense", rule), k, v)
+    cotangents = jnp.eye(8)[:, None, :, None, None, None] * q[None]
+    found = jax.lax.map(back, cotangents)
+    return [jnp.abs(x).max((1, 3, 4, 5)) for x in found]
+
+  for found in influence(q, k, v):
+    assert (np.asarray(found)[~seen] == 0).all() and (np.asarray(found)[seen] > 0).all()
+
+
+@pytest.mark.parametrize(("devices", "before", "after"), [(2, 1, 0), (4, 2, 2), (4, 3, 5), (8, 2, 7), (4, 9, 20)])
+def test_a_halo_is_what_lies_beside_a_share(devices, before, after):
+  """Of films of two frames a device; so is its gradient, of which every copy of a frame has a part."""
+  there = on(devices, 1)
+  x = jnp.arange(1.0, 1 + 6 * devices).reshape(3, 2 * devices)
+  wide = jax.shard_map(partial(halo, before=before, after=after, axis="clip", dim=1), mesh=there,
+                       in_specs=P(None, "clip"), out_specs=P(None, "clip"))
+
+  def plain(x):
+    padded = jnp.pad(x, ((0, 0), (before, after)))
+    return jnp.concatenate([padded[:, 2 * at:2 * at + before + 2 + after] for at in range(devices)], 1)
+
+  draw = np.random.default_rng(0)
+  (made, back), (true, true_back) = (jax.vjp(jax.jit(f), x) for f in (wide, plain))
+  do = jnp.asarray(draw.normal(size=true.shape), jnp.float32)
+  assert (made == true).all() and apart(back(do)[0], true_back(do)[0]) < 1e-6
+
+
+def halved(f: int, devices: int, count: int) -> int:
+  """Frames that all devices together send to one side, for halos of so many."""
+  return sum((devices - hop) * max(0, min(f, count - (hop - 1) * f)) for hop in range(1, devices))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(("clip", "seq", "window", "stride", "causal"), [
+  (8, 1, 1, 4, False), (4, 1, 5, None, False), (4, 2, 2, 3, False), (2, 4, 3, 4, True), (2, 1, 30, 2, False)])
+def test_what_is_sent_is_what_the_formulas_say(clip, seq, window, stride, causal, dtype):
+  """Halos and frames for all, then what a frame's devices send, forward and backward; counted in the traced program."""
+  f, size, rule = 4, jnp.dtype(dtype).itemsize, Rule(causal, window, stride)
+  array = jax.ShapeDtypeStruct((1, f * clip, 8, HEADS, WIDTH), dtype)
+  found, ring = (sends(jax.make_jaxpr(partial(attend, on(clip, seq), "dense", rule, None, pattern))([array] * 4).jaxpr)
+                 for pattern in ("local_global", "ring"))
+  frame, window = 8 // seq * HEADS * WIDTH, min(window, (clip - 1) * f)
+  spread, sides = -(-f // stride) if stride else 0, 1 if causal else 2
+  assert found["gathered"] == 2 * 2 * frame * size * spread * (clip - 1)
+  wide, together = f + sides * window + (clip * spread if clip > 1 else 0), min(seq, HEADS)
+  assert found["exchanged"] == 2 * 2 * frame * (f + wide) * size * (together - 1) // together
+  r, halos = seq // together, 2 * 2 * frame * size * sides * halved(f, clip, window)
+  turns = seq * 2 * frame * wide * (2 * (r - 1) * size + (r - 1) * 4 + size) if r > 1 else 0
+  line = sum(bytes_ for link, bytes_ in found.items() if isinstance(link, tuple))  # of one line of devices an axis
+  assert line == halos + turns
+  if clip == 8:  # a short window of a long film
+    assert line + clip * found["gathered"] < sum(ring.values()) / 4
+
+
+def test_a_pattern_without_a_window_is_refused_in_one_line():
+  words = ("pattern 'local_global' needs a window of frames: give mask 'window:24' or 'window:24+globals:24', or use "
+           "'ring'.")
+  for rule in (None, Rule(causal=True)):
+    with pytest.raises(BadInput, match=re.escape(words)):
+      attention.check("local_global", "dense", on(2, 1), 4, "float32", rule)
+  attention.check("local_global", "dense", on(2, 1), 4, "float32", Rule(window=1))
