@@ -64,6 +64,9 @@ def get_config() -> ConfigDict:
     "encoded": False,         # records hold latents, written by encode with this config, and not clips
     "views": 4,               # masks under which encode looks at each clip; training draws one of them each time
     "buckets": "9x32x48@16",  # frames x height x width @ clips of a global batch; also "...@16:3,...@4/2:1", see README
+    "tokens": 0,              # of a batch, at most, for buckets without @: the largest that the mesh divides
+    "assign": "any",          # any: buckets draw from all records by weight; fit: each record has one, and comes once
+    "packed": 0,              # of latents: clips of up to a bucket's length that share its rows, at most; 0: none do
     "fps": 12.0,              # frames/s that clips are paced to; most animation is drawn at 8 to 12
     "threads": 2,             # readers of a host; decoding leaves Python's lock
   })

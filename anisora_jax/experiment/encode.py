@@ -21,8 +21,9 @@ from anisora_jax.checkpoints import workdir
 from anisora_jax.errors import BadInput, pick
 from anisora_jax.experiment import encoders
 from anisora_jax.experiment.parts import Parts
+from anisora_jax.loaders import assign, latents, mixture, records, tfds, video
 from anisora_jax.loaders import clips as clip_rows
-from anisora_jax.loaders import latents, mixture, records, tfds, video
+from anisora_jax.loaders.assign import Deal
 from anisora_jax.loaders.buckets import Bucket, parse
 from anisora_jax.loaders.latents import LatentClip, Shapes, View
 from anisora_jax.models.codec import latent_shape
@@ -78,6 +79,7 @@ def settings_of(config: ConfigDict) -> dict[str, Any]:
           "tokenizer": weights("text.tokenizer", said["text"] != "words"),
           "image weights": weights("image.weights", bool(said["image"])),
           "buckets": [latents.size_name(bucket) for bucket in parse(config.data.buckets)],
+          **({} if config.data.assign == "any" else {"assign": config.data.assign}),
           "views": config.data.views, "seed": config.seed, "part": PART,
           "records": [source(one.path) for one in mixture.parse(config.data.records)]}
 
@@ -141,14 +143,20 @@ def load(config: ConfigDict, batch: int) -> Encoders:
   return Encoders(look, captions, batch)
 
 
-def windows(sources: Sequence[Any], bucket: Bucket, fps: float, number: int) -> list[Window] | tuple[str, str]:
-  """The pieces of one clip, one after the other, or (name, why it cannot be read). number: over all sources."""
+def windows(sources: Sequence[Any], bucket: Bucket, deal: Deal, fps: float,
+            number: int) -> list[Window] | tuple[str, str]:
+  """The pieces of one clip, one after the other, or (name, why it cannot be read). number: over all sources.
+
+  There are none where the clip is assigned to another bucket of the deal.
+  """
   for source in sources:
     if number < len(source):
       break
     number -= len(source)
   try:
     clip, found = source[number], []
+    if deal.assign == "fit" and deal.buckets[assign.fit(assign.size(clip, fps)[None], deal.buckets)[0]] != bucket:
+      return []
     span, spare = clip_rows.spans(clip, bucket, fps)
     step = int(span[-1]) + 1
     for first in range(0, spare + 1, step):
@@ -244,7 +252,8 @@ def jobs(config: ConfigDict, out: Path) -> list[Job]:
 def write_part(config: ConfigDict, tools: Encoders, job: Job, part: Path, numbers: range, bar: tqdm) -> None:
   """Encodes one part of a job and, last, writes the note that says it is done."""
   found, bad = [], []
-  work = partial(windows, job.sources, job.bucket, config.data.fps)
+  deal = Deal(parse(config.data.buckets), config.data.assign)
+  work = partial(windows, job.sources, job.bucket, deal, config.data.fps)
   clips, threads = [], max(1, config.data.threads)
   with ThreadPoolExecutor(threads) as pool:
     for made in ahead(pool, work, numbers, threads):

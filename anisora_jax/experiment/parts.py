@@ -19,6 +19,7 @@ from anisora_jax.errors import BadInput, pick
 from anisora_jax.experiment import encoders
 from anisora_jax.experiment.encoders import DTYPES, Captions
 from anisora_jax.loaders import mixture
+from anisora_jax.loaders.assign import Deal
 from anisora_jax.loaders.buckets import Bucket, parse
 from anisora_jax.models import attention, codec, remat
 from anisora_jax.models.wan import placement as wan_placement
@@ -35,6 +36,7 @@ class Parts:
   """What a config describes, made and checked.
 
   codec: without its parameters. image_tokens: that the network reads of pictures. encoded: records hold latents.
+  packed: of `Deal`.
   offload: moments and averages of what is trained live in the host's memory.
   """
 
@@ -48,6 +50,7 @@ class Parts:
   buckets: tuple[Bucket, ...]
   image_tokens: int
   encoded: bool
+  packed: int
   offload: bool
 
   def of(self, bucket: Bucket) -> "Parts":
@@ -78,7 +81,8 @@ class Parts:
 def velocity(network: WanDiT, scale: float, params: PyTree, x, t, condition, text):
   """The network as training and sampling call it. scale: of adapters that stand beside its parameters, if any do."""
   told = condition.channels() if network.size.given else None
-  return network.apply({"params": lora.scaled(params, scale)}, x, t, text, told, condition.image)
+  return network.apply({"params": lora.scaled(params, scale)}, x, t, text, told, condition.image,
+                       condition.segment)
 
 
 def assemble(config: ConfigDict, count: int | None = None, devices: Sequence[jax.Device] | None = None) -> Parts:
@@ -112,12 +116,42 @@ def assemble(config: ConfigDict, count: int | None = None, devices: Sequence[jax
   parts = Parts(mesh=mesh, size=size, codec=made, network=network, method=method,
                 optimizer=optimizer.Optimizer(steps=config.train.steps, **settings), lora=adapted,
                 buckets=parse(config.data.buckets), image_tokens=encoders.image_tokens(config, size),
-                encoded=config.data.encoded, offload=config.optimizer.offload)
+                encoded=config.data.encoded, packed=config.data.packed, offload=config.optimizer.offload)
+  if parts.packed and not parts.encoded:
+    raise BadInput(f"data.packed is {parts.packed} and records hold clips, but only latents share rows: encode them "
+                   "and give --config.data.encoded=True, or --config.data.packed=0.")
   for bucket in parts.buckets:
     there = parts.of(bucket)
-    attention.check(config.model.attention, config.model.kernel, there.mesh, size.heads, config.model.dtype)
+    attention.check(config.model.attention, config.model.kernel, there.mesh, size.heads, config.model.dtype,
+                    ids=parts.packed > 0)
     _check_bucket(there, bucket)
-  return parts
+  return replace(parts, buckets=tuple(_filled(parts.of(bucket), bucket, config.data.tokens)
+                                      for bucket in parts.buckets))
+
+
+def _filled(parts: Parts, bucket: Bucket, tokens: int) -> Bucket:
+  """A bucket with the largest batch of at most so many tokens, where it has none. parts: of that bucket."""
+  if bucket.batch:
+    return bucket
+  if tokens < 1:
+    raise BadInput(f"bucket {bucket} has no batch: write ...@BATCH, as in 9x32x48@16, or give --config.data.tokens.")
+  (f, n), unit = parts.frame_tokens(bucket), meshes.batch_shards(parts.mesh) * parts.method.micro_batches
+  if unit * f * n > tokens:
+    raise BadInput(f"bucket {bucket}: the smallest batch, {unit} clips as data x fsdp x micro_batches ask, is "
+                   f"{unit * f * n:,} tokens, and data.tokens is {tokens:,}: give at least so many, or split each clip "
+                   f"over more devices, as {bucket.frames}x{bucket.height}x{bucket.width}/2 says.")
+  return replace(bucket, batch=tokens // (unit * f * n) * unit)
+
+
+def budget(parts: Parts, config: ConfigDict) -> list[str]:
+  """A line for each bucket whose batch data.tokens has settled."""
+  lines = []
+  for bucket, asked in zip(parts.buckets, parse(config.data.buckets), strict=True):
+    if not asked.batch:
+      f, n = parts.frame_tokens(bucket)
+      lines.append(f"bucket {asked}: batches of {bucket.batch} clips of {f * n:,} tokens, {bucket.batch * f * n:,} of "
+                   f"the {config.data.tokens:,} that data.tokens allows.")
+  return lines
 
 
 def _check_bucket(parts: Parts, bucket: Bucket) -> None:
@@ -192,7 +226,8 @@ def loader(parts: Parts, config: ConfigDict, split: str, buckets: tuple[Bucket, 
   buckets = buckets or parts.buckets
   for bucket in buckets:
     meshes.hosts(parts.of(bucket).mesh)
-  made = mixture.Batches(config.data.records, buckets, split=split, fps=config.data.fps,
+  deal = Deal(buckets, config.data.assign, parts.packed, parts.codec.temporal)
+  made = mixture.Batches(config.data.records, deal, split=split, fps=config.data.fps,
                          seed=config.seed, shard=(0, 1) if whole else meshes.hosts(parts.mesh),
                          threads=config.data.threads)
   if made.encoded != parts.encoded:
@@ -202,7 +237,8 @@ def loader(parts: Parts, config: ConfigDict, split: str, buckets: tuple[Bucket, 
   return made
 
 
-ARRAYS = ("frames", "character", "latents", "known", "mask", "text", "image", "ok")  # of a batch, that a step takes
+# Of a batch, what a step takes.
+ARRAYS = ("frames", "character", "latents", "known", "mask", "text", "image", "ok", "segment")
 
 
 def to_devices(parts: Parts, captions: Captions | None, batch: dict) -> dict[str, jax.Array]:

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +25,7 @@ from anisora_jax.experiment.parts import (
   abstract_trained,
   assemble,
   begin,
+  budget,
   init,
   loader,
   to_devices,
@@ -45,11 +47,14 @@ def abstract_batch(parts: Parts, bucket: Bucket) -> dict[str, jax.ShapeDtypeStru
   """Shapes and placement of what the step takes."""
   b, (F, height, width), size = bucket.batch, (bucket.frames, bucket.height, bucket.width), parts.size
   latents, kind = (b, *parts.latent_shape(bucket), size.channels), np.float16 if parts.encoded else np.float32
-  text = {"text": ((b, size.text_tokens, size.text_width), kind), "ok": ((b,), np.float32)}
+  clips = (b, parts.packed) if parts.packed else (b,)
+  text = {"text": ((*clips, size.text_tokens, size.text_width), kind), "ok": (clips, np.float32)}
   if parts.encoded:
-    shapes = {"latents": (latents, kind), "known": (latents, kind), "mask": ((b, F, *latents[2:4]), np.bool_), **text}
+    masks = latents[1] * parts.codec.temporal if parts.packed else F
+    shapes = {"latents": (latents, kind), "known": (latents, kind), "mask": ((b, masks, *latents[2:4]), np.bool_),
+              **text, **({"segment": (latents[:2], np.int32)} if parts.packed else {})}
     if size.image_width:
-      shapes["image"] = ((b, parts.image_tokens, size.image_width), kind)
+      shapes["image"] = ((*clips, parts.image_tokens, size.image_width), kind)
   else:
     shapes = {"frames": ((b, F, height, width, 3), np.uint8), "character": ((b, F, height, width), np.bool_), **text}
   split = jax.sharding.NamedSharding(parts.mesh, jax.P(meshes.BATCH))
@@ -177,12 +182,14 @@ def train(config: ConfigDict, folder: Path, say: Callable[[str], None] = print) 
         return ways[_bucket_of(parts, batch)]
 
       say(f"{meshes.describe(parts.mesh)}; {parameters(parts)}; {batches.length} clips.")
+      for line in budget(parts, config):
+        say(line)
       peak = report.peak(meshes.device_kind(parts.mesh))
       clock = report.Clock(peak=peak and peak * parts.mesh.size)
       with report.Report(folder, began, config.train.steps, meshes.leads()) as out:
         effects = loop.Effects(
           place=lambda batch: to_devices(way(batch), captions, batch),
-          work=lambda batch: parts.work(_bucket_of(parts, batch)),
+          work=partial(_work, parts),
           held_out=held_out_loss(parts, config, frozen, captions) if config.train.held_out else lambda _: {},
           save=lambda number, now, position: checkpoints.save(number, now, position, plain),
           wait=checkpoints.wait, report=out, say=out.say)
@@ -202,6 +209,19 @@ def _bucket_of(parts: Parts, batch: dict) -> Bucket:
     return next(bucket for bucket in parts.buckets if parts.latent_shape(bucket) == shape)
   shape = batch["frames"].shape[1:4]
   return next(bucket for bucket in parts.buckets if (bucket.frames, bucket.height, bucket.width) == shape)
+
+
+def _work(parts: Parts, batch: dict) -> tuple[int, float]:
+  """(tokens, model FLOPs) of a batch of all hosts, of the clips that are in it."""
+  bucket = _bucket_of(parts, batch)
+  if "segment" not in batch:
+    return parts.work(bucket)
+  # Of every host's rows only this one's are known here; the others hold about as much.
+  share = bucket.batch / len(batch["segment"])
+  numbers = [np.unique(row[row >= 0], return_counts=True)[1] for row in batch["segment"]]
+  found = [parts.work(replace(bucket, frames=1 + parts.codec.temporal * (int(f) - 1), batch=1))
+           for lengths in numbers for f in lengths]
+  return round(share * sum(tokens for tokens, _ in found)), share * sum(flops for _, flops in found)
 
 
 class Account(NamedTuple):

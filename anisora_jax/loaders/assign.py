@@ -5,6 +5,7 @@ one that keeps most of it, and a pass over the records gives each bucket the bat
 record is lost or seen twice, and every step is one batch of one bucket on all devices: none waits for another's clip.
 """
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -72,21 +73,19 @@ def fit(clips: Float[np.ndarray, "clips 3"], buckets: Sequence[Bucket]) -> Int[n
   return order[:, 0]
 
 
-def sizes(source: Any, fps: float) -> Float[np.ndarray, "clips 3"]:
-  """(frames at `fps`, height, width) of every clip of a source; each is read once. What cannot be read is 0 long.
+def size(clip: Any, fps: float) -> Float[np.ndarray, "3"]:
+  """(frames at `fps`, height, width) of a clip. Raises BadInput for one that does not say how large it is."""
+  if not hasattr(clip, "height"):
+    raise BadInput(f"{clip.id} is pictures, which do not say their size: take --config.data.assign=any.")
+  return np.array([video.paced_length(clip.frames, clip.fps or fps, fps), clip.height, clip.width], float)
 
-  Raises BadInput for a source that does not say how large its clips are.
-  """
-  found = np.zeros((len(source), 3))
+
+def sizes(source: Any, fps: float) -> Float[np.ndarray, "clips 3"]:
+  """The size of every clip of a source; each is read once. What cannot be read is 0 long. Raises BadInput."""
+  found = np.ones((len(source), 3)) * (0, 1, 1)
   for number in range(len(source)):
-    found[number] = 0, 1, 1
-    try:
-      clip = source[number]
-      found[number] = video.paced_length(clip.frames, clip.fps or fps, fps), clip.height, clip.width
-    except video.Unreadable:
-      continue
-    except AttributeError as error:
-      raise BadInput(f"{source.name} holds pictures, which do not say their size: take assign = 'any'.") from error
+    with contextlib.suppress(video.Unreadable):  # it will be named when a batch wants it
+      found[number] = size(source[number], fps)
   return found
 
 

@@ -15,35 +15,38 @@ from anisora_jax.errors import BadInput
 
 # The schedule repeats its counts, though not its order, after so many batches; weights below 1/1000 cannot be kept.
 _PERIOD = 1000
-_FORM = re.compile(r"(\d+)x(\d+)x(\d+)@(\d+)(?:/(\d+))?(?::([0-9.]+))?")
+_FORM = re.compile(r"(\d+)x(\d+)x(\d+)(?:@(\d+))?(?:/(\d+))?(?::([0-9.]+))?")
 
 
 @dataclass(frozen=True)
 class Bucket:
   """frames, height, width: of every clip. batch: clips of all hosts together. weight: share of the batches.
 
-  seq: devices that share the tokens of a frame of each clip; 0 for as many as the mesh says.
+  batch: 0 for as many as a budget of tokens allows; to be filled in before the bucket is of use. seq: devices that
+  share the tokens of a frame of each clip; 0 for as many as the mesh says.
   """
   frames: int
   height: int
   width: int
-  batch: int
+  batch: int = 0
   weight: float = 1.
   seq: int = 0
 
   def __post_init__(self):
-    if min(self.frames, self.height, self.width, self.batch, self.seq + 1) < 1 or not 0 < self.weight < float("inf"):
+    least = min(self.frames, self.height, self.width, self.batch + 1, self.seq + 1)
+    if least < 1 or not 0 < self.weight < float("inf"):
       raise BadInput(f"bucket {self} must have positive frames, height, width, batch and weight.")
 
   def __str__(self) -> str:
     shared = f"/{self.seq}" if self.seq else ""
-    return f"{self.frames}x{self.height}x{self.width}@{self.batch}{shared}:{self.weight:g}"
+    batch = f"@{self.batch}" if self.batch else ""
+    return f"{self.frames}x{self.height}x{self.width}{batch}{shared}:{self.weight:g}"
 
 
 def parse(text: str) -> tuple[Bucket, ...]:
   """Reads "9x32x48@16" (frames x height x width @ batch), or several with weights: "9x32x48@16:3,17x64x96@4:1".
 
-  "81x480x832@2/4" is a batch of 2 clips, each shared by 4 devices.
+  "81x480x832@2/4" is a batch of 2 clips, each shared by 4 devices; without "@2" a budget of tokens says how many.
   """
   buckets = []
   for word in (word.strip() for word in text.split(",")):
@@ -51,9 +54,11 @@ def parse(text: str) -> tuple[Bucket, ...]:
     if not match:
       raise BadInput(f"bucket {word!r} is not of the form FRAMESxHEIGHTxWIDTH@BATCH, ...@BATCH/DEVICES or "
                      "...@BATCH:WEIGHT, for example 9x32x48@16.")
-    *sizes, seq, weight = match.groups()
+    *sizes, batch, seq, weight = match.groups()
+    if batch == "0":
+      raise BadInput(f"bucket {word!r} has no clips: write a batch of at least 1, or none for a budget of tokens.")
     try:
-      buckets.append(Bucket(*map(int, sizes), weight=float(weight or 1), seq=int(seq or 0)))
+      buckets.append(Bucket(*map(int, sizes), batch=int(batch or 0), weight=float(weight or 1), seq=int(seq or 0)))
     except ValueError as error:
       raise BadInput(f"bucket {word!r}: {error}") from error
   return tuple(buckets)

@@ -172,6 +172,8 @@ class Batches(Iterator[dict[str, Any]]):
     deal, fps = assign.Deal.of(buckets), float(fps)
     _check(split, fps, seed, shard, threads)
     for bucket in deal.buckets:
+      if not bucket.batch:
+        raise BadInput(f"bucket {bucket} has no batch: write ...@BATCH, as in 9x32x48@16, or give a budget of tokens.")
       if bucket.batch % shard[1]:
         raise BadInput(f"bucket {bucket}: a batch of {bucket.batch} does not divide among {shard[1]} hosts; take a "
                        "multiple.")

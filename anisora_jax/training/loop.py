@@ -110,7 +110,7 @@ class Settling:
 
   def _skip(self, step: Pending, measures: dict[str, float]) -> None:
     self.skipped.append(step.number)
-    ids = ", ".join(str(record) for record in step.batch["id"][:8])
+    ids = ", ".join(str(record) for record in step.batch["id"].ravel()[:8])
     self.effects.say(f"step {step.number}: loss {measures['loss']}, the update is left out; records {ids}.")
     if len(self.skipped) == PATIENCE:
       raise BadInput(f"{PATIENCE} steps in a row ({self.skipped[0]} to {step.number}) had a loss or gradient that was "
