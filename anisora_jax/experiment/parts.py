@@ -27,6 +27,7 @@ from anisora_jax.models.wan.dit import WanDiT
 from anisora_jax.models.wan.sizes import SIZES, Size
 from anisora_jax.parallel import mesh as meshes
 from anisora_jax.parallel import offload, placement
+from anisora_jax.parallel.sight import ALL
 from anisora_jax.tasks.masks import Mixture
 from anisora_jax.training import optimizer, step
 
@@ -123,7 +124,7 @@ def assemble(config: ConfigDict, count: int | None = None, devices: Sequence[jax
   for bucket in parts.buckets:
     there = parts.of(bucket)
     attention.check(config.model.attention, config.model.kernel, there.mesh, size.heads, config.model.dtype,
-                    ids=parts.packed > 0)
+                    ALL if parts.packed else None)
     _check_bucket(there, bucket)
   return replace(parts, buckets=tuple(_filled(parts.of(bucket), bucket, config.data.tokens)
                                       for bucket in parts.buckets))
