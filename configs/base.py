@@ -25,7 +25,12 @@ def get_config() -> ConfigDict:
     "weights": "",            # to start from: a file or folder of published weights, or a run; "" for random ones
     "expert": "",             # of two, as in Wan 2.2 A14B, which is trained: high_noise or low_noise
     "adapters": "",           # files folded into the weights first: "A", "A=0.8,B"; of one expert "low_noise:A=0.8"
-    "attention": "ring",      # over seq: ring, ring_both, ulysses, hybrid; full where seq = 1, as all are there
+    # Over clip and seq: ring, ring_both, ulysses, hybrid; full where both are 1, as all are there; local_global, which
+    # sends between frames no more than a mask with a window shows.
+    "attention": "ring",
+    # Which frames a frame sees: all; causal: itself and earlier ones; window:24: so many to each side, also with
+    # causal+ before it; window:24+globals:16: also so many that are spread evenly over the film.
+    "mask": "all",
     "kernel": "dense",        # dense, or blockwise for long clips; splash on TPUs; cudnn on NVIDIA GPUs in bfloat16
     "remat": "attention",     # what a layer keeps for its backward pass: none, attention, matmuls, full; on the host:
                               # attention_offload, full_offload (its input), offload (both)

@@ -26,8 +26,7 @@ from anisora_jax.models.wan import placement as wan_placement
 from anisora_jax.models.wan.dit import WanDiT
 from anisora_jax.models.wan.sizes import SIZES, Size
 from anisora_jax.parallel import mesh as meshes
-from anisora_jax.parallel import offload, placement
-from anisora_jax.parallel.sight import ALL
+from anisora_jax.parallel import offload, placement, sight
 from anisora_jax.tasks.masks import Mixture
 from anisora_jax.training import optimizer, step
 
@@ -75,7 +74,9 @@ class Parts:
     The backward pass counts twice the forward; beside adapters, products with frozen kernels count once.
     """
     f, n = self.frame_tokens(bucket)
-    one, attention = (count(f, n, self.image_tokens) for count in (self.size.forward_flops, self.size.attention_flops))
+    seen = sight.parse(self.network.mask, f).share(f)
+    one, attention = (count(f, n, self.image_tokens, seen)
+                      for count in (self.size.forward_flops, self.size.attention_flops))
     return bucket.batch * f * n, bucket.batch * (2 * one + attention if self.lora else 3 * one)
 
 
@@ -104,7 +105,7 @@ def assemble(config: ConfigDict, count: int | None = None, devices: Sequence[jax
     raise BadInput(f"lora.rank is {adapted.rank} and there is no base to adapt: give --config.model.weights=PATH, or "
                    "--config.lora.rank=0 to train the network itself.")
   network = WanDiT(size, mesh, config.model.attention, config.model.kernel, config.model.remat, dtype,
-                   config.model.gate)
+                   config.model.gate, config.model.mask)
   times, loss = config.times.to_dict(), config.loss
   given = times.pop("given")
   times["late_from"] = round(times["late_from"] * config.train.steps)
@@ -124,7 +125,7 @@ def assemble(config: ConfigDict, count: int | None = None, devices: Sequence[jax
   for bucket in parts.buckets:
     there = parts.of(bucket)
     attention.check(config.model.attention, config.model.kernel, there.mesh, size.heads, config.model.dtype,
-                    ALL if parts.packed else None)
+                    _hides(there, bucket))
     _check_bucket(there, bucket)
   return replace(parts, buckets=tuple(_filled(parts.of(bucket), bucket, config.data.tokens)
                                       for bucket in parts.buckets))
@@ -153,6 +154,14 @@ def budget(parts: Parts, config: ConfigDict) -> list[str]:
       lines.append(f"bucket {asked}: batches of {bucket.batch} clips of {f * n:,} tokens, {bucket.batch * f * n:,} of "
                    f"the {config.data.tokens:,} that data.tokens allows.")
   return lines
+
+
+def _hides(parts: Parts, bucket: Bucket) -> sight.Rule | None:
+  """What hides tokens from others: a rule, or padding or shared rows; None: nothing does. parts: of that bucket."""
+  f, n = parts.frame_tokens(bucket)
+  rule = sight.parse(parts.network.mask, f)
+  padded = f % parts.mesh.shape["clip"] or n % parts.mesh.shape["seq"]
+  return rule if rule or padded or parts.packed else None
 
 
 def _check_bucket(parts: Parts, bucket: Bucket) -> None:

@@ -39,6 +39,7 @@ from anisora_jax.models.remat import INPUT, REMAT
 from anisora_jax.models.wan.sizes import Size
 from anisora_jax.parallel.mesh import BATCH
 from anisora_jax.parallel.placement import TOKENS, hold
+from anisora_jax.parallel.sight import ALL, Rule, parse
 from anisora_jax.shapes import Latents, Segments, Tokens
 
 Time = Float[Array, "b _ _ 6 d"]  # of frames, of a frame's tokens: each of length 1 when all share a time
@@ -75,12 +76,15 @@ class Attention(nn.Module):
 
 
 class SelfAttention(Attention):
-  """Every token of a clip with every other, by position."""
+  """Every token of a clip with every other that the rule lets it see, by position."""
+
+  rule: Rule = ALL
 
   @nn.compact
   def __call__(self, x: Tokens, turns, segments) -> Tokens:
     q, k = (rope.rotate(self.project(x, name), *turns) for name in "qk")
-    return self.join(PATTERNS[self.pattern](q, k, self.project(x, "v"), segments, self.mesh, self.kernel))
+    o = PATTERNS[self.pattern](q, k, self.project(x, "v"), segments, self.mesh, self.kernel, self.rule)
+    return self.join(o)
 
 
 class CrossAttention(Attention):
@@ -114,6 +118,7 @@ class Block(nn.Module):
   kernel: str
   dtype: DTypeLike
   gate: float
+  rule: Rule = ALL
 
   @nn.compact
   def __call__(self, x: Tokens, time: Time, text, image, turns, segments) -> tuple[Tokens, None]:
@@ -126,7 +131,7 @@ class Block(nn.Module):
       return (x.astype(jnp.float32) + gate * y.astype(jnp.float32)).astype(self.dtype)
 
     y = (layer_norm(x) * (1 + scale1) + shift1).astype(self.dtype)
-    x = add(x, SelfAttention(**parts, name="self_attention")(y, turns, segments), gate1)
+    x = add(x, SelfAttention(**parts, rule=self.rule, name="self_attention")(y, turns, segments), gate1)
     y = LayerNorm(name="cross_norm")(x).astype(self.dtype)
     x = add(x, CrossAttention(**parts, name="cross_attention")(y, text, image, segments))
     y = (layer_norm(x) * (1 + scale2) + shift2).astype(self.dtype)
@@ -176,7 +181,8 @@ class Head(nn.Module):
 class WanDiT(nn.Module):
   """The whole transformer. remat, pattern, kernel: names in REMAT, attention.PATTERNS, attention.LOCAL.
 
-  gate: what gates start from, 0 in Wan; a small model trained from scratch moves sooner from 0.5.
+  gate: what gates start from, 0 in Wan; a small model trained from scratch moves sooner from 0.5. mask: of
+  self-attention, which frames see which, as `sight.parse` reads it.
   """
 
   size: Size
@@ -186,6 +192,7 @@ class WanDiT(nn.Module):
   remat: str = "attention"
   dtype: DTypeLike = jnp.float32
   gate: float = 0.0
+  mask: str = "all"
 
   @nn.compact
   def __call__(self, x: Latents, t: Float[Array, "b _"] | Float[Array, "b f n"], text: Float[Array, "b *k s e"],
@@ -228,7 +235,8 @@ class WanDiT(nn.Module):
     block = nn.remat(Block, policy=REMAT[self.remat], prevent_cse=False)
     stack = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=(nn.broadcast,) * 5,
                     length=size.layers)
-    stack = stack(size, self.mesh, self.pattern, self.kernel, self.dtype, self.gate, name="blocks")
+    stack = stack(size, self.mesh, self.pattern, self.kernel, self.dtype, self.gate, parse(self.mask, f),
+                  name="blocks")
     tokens, _ = stack(tokens, time, text, image, rope.turns(positions, size.head_width), segments)
     patches = hold(Head(size, self.mesh, name="head")(tokens, e), self.mesh, TOKENS)
     return from_patches(patches[:, :f, :n], size.patch, h, w)

@@ -54,19 +54,22 @@ class Size:
     image = 2 * i + (i + 1) * i + (i + 1) * d + 2 * d + self.image_positions * i if i else 0
     return self.layers * block + rim + text + time + image
 
-  def forward_flops(self, frames: int, frame_tokens: int, image_tokens: int = 0) -> float:
-    """Multiply-adds x 2 of one forward pass over one clip: matrix products of tokens and attention, nothing else."""
+  def forward_flops(self, frames: int, frame_tokens: int, image_tokens: int = 0, seen: float = 1.0) -> float:
+    """Multiply-adds x 2 of one forward pass over one clip: matrix products of tokens and attention, nothing else.
+
+    seen: the share of a clip that a token attends to.
+    """
     d, tokens = self.width, frames * frame_tokens
     per_token = 2 * (6 * d * d + 2 * d * self.mlp)
     rim = 2 * d * self.patch**2 * (2 * self.channels + self.given)
     text = self.layers * 4 * d * d * (self.text_tokens + image_tokens)
-    attention = self.attention_flops(frames, frame_tokens, image_tokens)
+    attention = self.attention_flops(frames, frame_tokens, image_tokens, seen)
     return float(tokens * (self.layers * per_token + rim) + text) + attention
 
-  def attention_flops(self, frames: int, frame_tokens: int, image_tokens: int = 0) -> float:
+  def attention_flops(self, frames: int, frame_tokens: int, image_tokens: int = 0, seen: float = 1.0) -> float:
     """Those of them that have no weights: logits, and the sums of values."""
     tokens = frames * frame_tokens
-    return 4.0 * self.layers * self.width * tokens * (tokens + self.text_tokens + image_tokens)
+    return 4.0 * self.layers * self.width * tokens * (seen * tokens + self.text_tokens + image_tokens)
 
 
 SIZES = {
