@@ -38,7 +38,7 @@ def _draw(shot: toons.Shot, fps: float, seconds: float = SECONDS) -> np.ndarray:
 
 
 def _prints(film: np.ndarray, fps: float = FPS) -> tuple[int, ...]:
-  return duplicates.prints_of(iter(film), fps, len(film))
+  return duplicates.prints_of(enumerate(film), fps, len(film))
 
 
 def _encoded(film: np.ndarray, crf: int) -> np.ndarray:
@@ -182,7 +182,21 @@ def test_prints_are_plain_and_the_same_each_time(shots):
   longer = _prints(np.repeat(film, 8, 0))
   assert len(duplicates.read(longer)[1]) == duplicates.LOOKS  # a long clip has no more crops
   with pytest.raises(video.Unreadable, match="ends before its frame 60"):
-    duplicates.prints_of(iter(film), FPS, 60)
+    duplicates.prints_of(enumerate(film), FPS, 60)
+
+
+def test_prints_of_a_film_are_those_of_its_frames_inside_the_box(shots, tmp_path):
+  frames = _draw(shots[0], FPS)
+  bars = np.pad(frames, ((0, 0), (8, 8), (0, 0), (0, 0)))
+  path = tmp_path / "x.mp4"
+  path.write_bytes(video.encode(np.concatenate([bars[::-1], bars]), FPS))
+  film = Film("x.mp4", str(path), "", 1, "h264", HEIGHT + 16, WIDTH, FPS, 72)
+  for start, shown in ((36, frames), (0, frames[::-1])):
+    prints = duplicates.prints(film, Shot("x.mp4", start, start + 36, (8, 0, HEIGHT, WIDTH)))
+    assert duplicates.distance(prints, _prints(shown)) < duplicates.SAME / 2
+    assert len(prints) == len(_prints(shown))
+  with pytest.raises(video.Unreadable):
+    duplicates.prints(film, Shot("x.mp4", 60, 90, (8, 0, HEIGHT, WIDTH)))
 
 
 def test_distance_is_symmetric_and_no_order_of_clips_matters(distinct, originals):

@@ -8,7 +8,6 @@ AniSora's scores follow the caption as `anisora_jax.sampling.prompts.suffix` wri
 score that was not measured is not written.
 """
 
-import itertools
 import re
 import shutil
 import tempfile
@@ -205,14 +204,14 @@ def shown(film: Film, shot: Shot, settings: Settings) -> list[tuple[float, bytes
   step = max(1, round(film.fps / LOOKS))
   try:
     last, changes = None, []
-    for picture in itertools.islice(boxed.pictures(film, shot, SMALL[0]), 0, None, step):
+    for _, picture in boxed.pictures(film, shot, SMALL[0], range(0, shot.stop - shot.start, step)):
       grey = cv2.resize(cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY), SMALL[::-1], interpolation=cv2.INTER_AREA)
       if last is not None:
         changes.append(cv2.absdiff(grey, last).mean() / 255)
       last = grey
     wanted = {step * number for number in key_frames(np.array(changes), settings.pictures, settings.change)}
     return [(number / film.fps, _png(picture, settings.side))
-            for number, picture in enumerate(boxed.pictures(film, shot, settings.side)) if number in wanted]
+            for number, picture in boxed.pictures(film, shot, settings.side, wanted)]
   except video.Unreadable as error:
     raise NoCaption("unreadable", str(error)) from None
 

@@ -91,29 +91,35 @@ def _moments(count: int) -> np.ndarray:
   return np.arange(min(step // 2, max(count - 1, 0)), count, step)
 
 
-def prints_of(pictures: Iterable[np.ndarray], fps: float, length: int) -> tuple[int, ...]:
-  """The prints of `length` pictures, uint8 RGB [h, w, 3], shown at `fps`; one is held at a time.
+def prints_of(pictures: Iterable[tuple[int, np.ndarray]], fps: float, length: int) -> tuple[int, ...]:
+  """The prints of a clip of `length` frames shown at `fps`, from those of its `due` frames; one is held at a time.
 
-  The number of whole pictures, their codes, then those of all crops at each of the `_moments`; every number < 2^64.
-  Raises video.Unreadable where fewer pictures come.
+  pictures: (number from 0, uint8 RGB [h, w, 3]). Returns the number of whole pictures, their codes, then those of all
+  crops at each of the `_moments`, every number < 2^64. Raises video.Unreadable where fewer pictures come.
   """
-  count = video.paced_length(length, fps, RATE)
-  wanted, moments = video.pace(fps, RATE, count), set(_moments(count).tolist())
+  wanted = due(fps, length)
+  moments = set(_moments(len(wanted)).tolist())
   whole, looks = [], []
-  for number, picture in enumerate(pictures):
-    due = set(range(*np.searchsorted(wanted, [number, number + 1]).tolist()))
-    if due:
-      codes = _codes(picture, slice(None) if due & moments else slice(1))
-      whole += [codes[0]] * len(due)
-      looks += [codes] * len(due & moments)
-  if len(whole) < count:
+  for number, picture in pictures:
+    now = set(range(*np.searchsorted(wanted, [number, number + 1]).tolist()))
+    if now:
+      codes = _codes(picture, slice(None) if now & moments else slice(1))
+      whole += [codes[0]] * len(now)
+      looks += [codes] * len(now & moments)
+  if len(whole) < len(wanted):
     raise video.Unreadable(f"the shot ends before its frame {length}")
-  return (count, *np.array(whole, np.uint64).ravel().tolist(), *np.array(looks, np.uint64).ravel().tolist())
+  return (len(whole), *np.array(whole, np.uint64).ravel().tolist(), *np.array(looks, np.uint64).ravel().tolist())
+
+
+def due(fps: float, length: int) -> np.ndarray:
+  """Numbers of the frames of a clip that are coded, RATE a second; of a slow film the same more than once."""
+  return video.pace(fps, RATE, video.paced_length(length, fps, RATE))
 
 
 def prints(film: Film, shot: Shot) -> tuple[int, ...]:
   """The prints of a shot inside its box. Raises video.Unreadable."""
-  return prints_of(boxed.pictures(film, shot, SIDE), film.fps, shot.stop - shot.start)
+  length = shot.stop - shot.start
+  return prints_of(boxed.pictures(film, shot, SIDE, set(due(film.fps, length).tolist())), film.fps, length)
 
 
 def read(prints: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
