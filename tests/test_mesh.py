@@ -42,8 +42,8 @@ def dense_softmax(q, k, v, ids=None, name=""):
   return jnp.einsum("bals,bsak->blak", jax.nn.softmax(logits), v)
 
 
-def reference_pattern(q, k, v, segments, on, kernel):
-  assert segments is None and on.size == 1
+def reference_pattern(q, k, v, segments, on, kernel, rule):
+  assert segments is None and on.size == 1 and not rule
   return dense_softmax(*(x.reshape(x.shape[0], -1, *x.shape[-2:]) for x in (q, k, v))).reshape(q.shape)
 
 
