@@ -141,6 +141,13 @@ def test_every_planted_copy_is_found(change, distinct, originals):
   assert duplicates.find(found) == [(name, f"copy of {name}") for name in originals]
 
 
+def test_two_copies_cropped_apart_are_found_without_what_they_were_cropped_from(originals):
+  for seed, film in enumerate(originals.values()):
+    rng = np.random.default_rng(seed)
+    found = {name: _prints(_cropped(film, *rng.uniform(0, .05, 4))) for name in "ab"}
+    assert duplicates.find(found) == [("a", "b")]
+
+
 def test_another_frame_rate_and_a_longer_clip_around_it_are_found(shots):
   before, after = _draw(shots[3], FPS, 9.), _draw(shots[4], FPS, 9.)
   for shot in shots[:30:5]:

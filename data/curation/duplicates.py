@@ -15,6 +15,7 @@ from parts of a code: Indyk and Motwani 1998. Colour, marks, crops and shifts ar
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import cv2
 import numpy as np
@@ -24,6 +25,7 @@ from anisora_jax.loaders import video
 from curation import boxed
 from curation.items import Candidate, Film, Rejected, Shot
 
+T = TypeVar("T")
 SIDE = 160        # pixels a side of the square that pictures are coded from
 RATE = 6.         # codes of the whole picture a second: a copy's frames lie 1/12 s off at most
 LOOKS = 6         # moments of a clip that are coded in all crops, at most; a second apart at least
@@ -185,8 +187,8 @@ def _key(kind: int, parts: Sequence[tuple[np.ndarray, int, int]]) -> np.ndarray:
   return key
 
 
-def pairs(clips: Iterable[str], most: int = 100) -> Iterator[tuple[str, str]]:
-  """The pairs to compare among clips that share a key, in order of names.
+def pairs(clips: Iterable[T], most: int = 100) -> Iterator[tuple[T, T]]:
+  """The pairs to compare among clips that share a key, in order of their names.
 
   most: of a larger crowd each clip meets the next `most` only; a copy mostly shares other keys too.
   """
