@@ -43,6 +43,7 @@ bench: .venv/test
 	$(BIN)/python bench/checkpoint.py
 	$(BIN)/python bench/vae.py
 	$(BIN)/python bench/convert.py
+	$(BIN)/python bench/curate.py
 
 .venv/aot/ready: .venv/base
 	@echo "+ pip install, beside the environment: XLA's compilers for TPUs and for CUDA, 1.2 GB unpacked"
