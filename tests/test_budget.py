@@ -8,8 +8,10 @@ import pytest
 from drawn import packed
 
 from anisora_jax.errors import BadInput
-from anisora_jax.experiment import encode, parts, train
+from anisora_jax.experiment import advised, encode, parts, train
 from anisora_jax.loaders import latents
+from anisora_jax.planning import advice
+from anisora_jax.training import report
 from configs import tiny
 
 
@@ -43,12 +45,27 @@ def test_the_batch_is_the_largest_that_fits_and_divides(devices, bucket, tokens,
                                    "data.tokens is 959: .* as 5x16x24/2 says"),
   ({}, "has no batch: write ...@BATCH, as in 9x32x48@16, or give --config.data.tokens"),
   ({"data__tokens": 10**6, "data__packed": 2}, "data.packed is 2 and records hold clips"),
+  ({"data__tokens": 10**6, "data__packed": 2, "data__encoded": True, "model__mask": "window:2+globals:2"},
+   "its global frames are those of a row and not of a clip"),
   ({"data__tokens": 10**6, "data__assign": "best"}, "assignment of records")])
 def test_what_no_batch_fits_is_one_clear_line(changes, words, tmp_path):
   with pytest.raises(BadInput, match=words) as error:
     made = assembled(data__buckets="5x16x24", **changes)
     parts.loader(made, config(data__buckets="5x16x24", data__records=str(tmp_path), **changes), "train")
   assert "\n" not in str(error.value)
+
+
+def test_a_dry_run_advises_how_to_split_where_speeds_are_known(monkeypatch):
+  changes = {"data__buckets": "5x16x24/8,9x16x24@8", "data__tokens": 40 * CLIP, "mesh__fsdp": 8}
+  made, told = assembled(8, **changes), config(**changes)
+  assert advised.lines(made, told) == []  # a CPU's are not
+  monkeypatch.setitem(report.PEAKS, "cpu", 1e12)
+  monkeypatch.setitem(advice.LINKS, "cpu", 1e9)
+  lines = advised.lines(made, told)
+  assert lines[0].startswith("5x16x24: better @40/1, where devices idle ")
+  assert lines[1].startswith("9x16x24: as it is, devices idle ") and lines[2].startswith("were clips of all buckets")
+  short = advised.clips(made, made.buckets[0], 6 * CLIP)
+  assert short == advice.Clips("5x16x24", CLIP, 8, {2: 4, 4: 6, 8: 40})  # so few clips are too few for 8 groups
 
 
 # whole runs

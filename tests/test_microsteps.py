@@ -9,7 +9,10 @@ from hypothesis import strategies as st
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from anisora_jax.errors import BadInput
+from anisora_jax.models.wan.sizes import SIZES
+from anisora_jax.planning import advice
 from anisora_jax.planning.microsteps import Cost, dealt, idle, plan, seconds
+from anisora_jax.training import report
 
 COSTS = [Cost(1.0, 0.0), Cost(1.0, 0.02, sent=2.0, fixed=3.0), Cost(0.5, 0.05, sent=9.0, fixed=1.0, start=20.0),
          Cost(1.0, 0.01, sent=30.0, fixed=5.0, start=2.0, room=60.0)]
@@ -104,3 +107,45 @@ def test_what_cannot_be_planned_is_one_clear_line():
     plan([1], 8, (1, 3), COSTS[0])
   with pytest.raises(BadInput, match="a clip of 700 tokens is more than the 60 a device holds, times 8"):
     plan([700, 1], 8, (1, 8), COSTS[3])
+
+
+# advice for buckets
+
+
+@pytest.mark.parametrize("name", ["wan21_i2v_14b", "tiny"])
+def test_the_cost_of_a_clip_is_its_arithmetic_at_half_the_peak(name):
+  size, rate = SIZES[name], 989e12
+  cost = advice.cost(size, rate, 4.5e11, exchanged=True)
+  for tokens in (1, 32_760, 75_600):
+    np.testing.assert_allclose(cost.seconds(tokens, 1), 3 * size.forward_flops(1, tokens) / (rate / 2), rtol=1e-9)
+
+
+def test_what_is_exchanged_is_counted_by_hand():
+  size, links = SIZES["wan21_i2v_14b"], 4.5e11
+  cost, s, p = advice.cost(size, 989e12, links, exchanged=True), 75_600, 8
+  # q, k, v, o and their gradients, in bf16, of the tokens of a device, all but those that stay; each of 40 layers
+  sent = 40 * 8 * 2 * 5120 * (s / p) * (p - 1) / p / (0.75 * links)
+  np.testing.assert_allclose(cost.seconds(s, p) - cost.fixed - cost.work(s) / p, sent, rtol=1e-9)
+  ring = advice.cost(size, 989e12, links, exchanged=False)
+  np.testing.assert_allclose(ring.seconds(s, p), ring.fixed + ring.work(s) / p, rtol=1e-9)  # hides behind the pairs
+  slow = advice.cost(size, 989e12, links / 100, exchanged=False)
+  assert slow.seconds(s, p) > ring.seconds(s, p)
+
+
+def test_the_advised_degree_is_the_one_of_least_time_a_clip():
+  cost = advice.cost(SIZES["wan21_i2v_14b"], 989e12, 4.5e11, exchanged=True)
+  long, short = advice.Clips("long", 75_600, 8, {8: 3, 4: 4, 2: 4}), advice.Clips("short", 4_000, 8, {8: 16, 1: 16})
+  for clips, one in zip((long, short), advice.advise([long, short], 8, cost), strict=True):
+    times = {degree: cost.seconds(clips.tokens, degree) * math.ceil(batch / (8 // degree)) / batch
+             for degree, batch in clips.degrees.items()}
+    assert one.degree == min(times, key=times.get) and one.batch == clips.degrees[one.degree]
+    useful = cost.work(clips.tokens) / 8
+    np.testing.assert_allclose([one.idle, one.now], [1 - useful / times[one.degree], 1 - useful / times[8]], rtol=1e-6)
+  told = advice.lines([long, short], 8, cost)
+  assert "short: better @16/1, where devices idle " in told[1] and "; now " in told[1]
+  bound = float(told[2].partition(": ")[2].rstrip("%")) / 100
+  assert 0 <= bound < advice.advise([long], 8, cost)[0].now + 0.05
+
+
+def test_links_are_known_for_devices_whose_peak_is():
+  assert set(advice.LINKS) == set(report.PEAKS)

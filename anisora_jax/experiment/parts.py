@@ -119,9 +119,8 @@ def assemble(config: ConfigDict, count: int | None = None, devices: Sequence[jax
                 optimizer=optimizer.Optimizer(steps=config.train.steps, **settings), lora=adapted,
                 buckets=parse(config.data.buckets), image_tokens=encoders.image_tokens(config, size),
                 encoded=config.data.encoded, packed=config.data.packed, offload=config.optimizer.offload)
-  if parts.packed and not parts.encoded:
-    raise BadInput(f"data.packed is {parts.packed} and records hold clips, but only latents share rows: encode them "
-                   "and give --config.data.encoded=True, or --config.data.packed=0.")
+  if parts.packed:
+    _check_packed(parts)
   for bucket in parts.buckets:
     there = parts.of(bucket)
     attention.check(config.model.attention, config.model.kernel, there.mesh, size.heads, config.model.dtype,
@@ -129,6 +128,15 @@ def assemble(config: ConfigDict, count: int | None = None, devices: Sequence[jax
     _check_bucket(there, bucket)
   return replace(parts, buckets=tuple(_filled(parts.of(bucket), bucket, config.data.tokens)
                                       for bucket in parts.buckets))
+
+
+def _check_packed(parts: Parts) -> None:
+  if not parts.encoded:
+    raise BadInput(f"data.packed is {parts.packed} and records hold clips, but only latents share rows: encode them "
+                   "and give --config.data.encoded=True, or --config.data.packed=0.")
+  if "globals" in parts.network.mask:
+    raise BadInput(f"data.packed is {parts.packed} and model.mask is {parts.network.mask!r}: its global frames are "
+                   "those of a row and not of a clip; take a mask without globals, or --config.data.packed=0.")
 
 
 def _filled(parts: Parts, bucket: Bucket, tokens: int) -> Bucket:

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from anisora_jax.checkpoints import manifest, workdir
 from anisora_jax.checkpoints.orbax import Checkpoints, agreed
 from anisora_jax.errors import BadInput
-from anisora_jax.experiment import encode, encoders, origin
+from anisora_jax.experiment import advised, encode, encoders, origin
 from anisora_jax.experiment.encoders import Captions
 from anisora_jax.experiment.parts import (
   Parts,
@@ -181,9 +181,8 @@ def train(config: ConfigDict, folder: Path, say: Callable[[str], None] = print) 
       def way(batch: dict) -> Parts:
         return ways[_bucket_of(parts, batch)]
 
-      say(f"{meshes.describe(parts.mesh)}; {parameters(parts)}; {batches.length} clips.")
-      for line in budget(parts, config):
-        say(line)
+      say("\n".join([f"{meshes.describe(parts.mesh)}; {parameters(parts)}; {batches.length} clips.",
+                     *budget(parts, config)]))
       peak = report.peak(meshes.device_kind(parts.mesh))
       clock = report.Clock(peak=peak and peak * parts.mesh.size)
       with report.Report(folder, began, config.train.steps, meshes.leads()) as out:
@@ -274,3 +273,5 @@ def dry_run(config: ConfigDict, say: Callable[[str], None] = print, target: str 
       say(f"fits        {targets.verdict(target, kept + worked)}")
     if sent is not None:
       say(f"sends       {traffic.describe(sent, hidden)}")
+  for line in advised.lines(parts, config):
+    say(f"advice      {line}")

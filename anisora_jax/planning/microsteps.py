@@ -25,13 +25,15 @@ class Cost:
   """Seconds of a clip of s tokens over p devices, (linear s + square s^2 + sent s (p - 1) / p) / p + fixed.
 
   linear, square: seconds of one device for a token, and for a pair of them. sent: seconds of the links for a token that
-  changes its device and comes back. fixed: of every clip, however short. start: of every microstep. room: tokens that a
-  device can hold.
+  changes its device and comes back. turned: of a token whose keys visit every device, p - 1 times as often, of which
+  only counts what takes longer than the pairs. fixed: of every clip, however short. start: of every microstep. room:
+  tokens that a device can hold.
   """
 
   linear: float
   square: float
   sent: float = 0.0
+  turned: float = 0.0
   fixed: float = 0.0
   start: float = 0.0
   room: float = math.inf
@@ -39,7 +41,9 @@ class Cost:
   def seconds(self, tokens: int, degree: int) -> float:
     if tokens > self.room * degree:
       return math.inf
-    return (self.work(tokens) + self.sent * tokens * (degree - 1) / degree) / degree + self.fixed
+    away = tokens * (degree - 1) / degree
+    waits = max(0.0, self.turned * away - self.square * tokens**2 / degree)
+    return (self.work(tokens) + self.sent * away) / degree + waits + self.fixed
 
   def work(self, tokens: int) -> float:
     """Seconds of one device for a clip's arithmetic, which no plan can save."""
