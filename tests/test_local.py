@@ -17,7 +17,10 @@ from quick import QUICK
 from anisora_jax.errors import BadInput
 from anisora_jax.models import attention, kernels
 from anisora_jax.models.attention import PATTERNS
-from anisora_jax.parallel import mesh
+from anisora_jax.models.wan.dit import WanDiT
+from anisora_jax.models.wan.placement import RULES
+from anisora_jax.models.wan.sizes import SIZES, Size
+from anisora_jax.parallel import mesh, placement
 from anisora_jax.parallel.halo import halo
 from anisora_jax.parallel.sight import Rule
 
@@ -142,6 +145,37 @@ def test_what_is_sent_is_what_the_formulas_say(clip, seq, window, stride, causal
     assert line + clip * found["gathered"] < sum(ring.values()) / 4
 
 
+def learned(there, mask: str, pattern: str):
+  """((loss, gradients) of a clip of 7 frames of 15 tokens, the compiled program)."""
+  size = Size(layers=2, width=16, heads=2, mlp=32, channels=4, given=0, text_width=16, text_tokens=6, image_width=0,
+              waves=32)
+  net, draw = WanDiT(size, there, pattern, mask=mask), np.random.default_rng(0)
+  x, target, t, text = (jnp.asarray(array, jnp.float32) for array in (
+    *draw.normal(size=(2, 1, 7, 6, 10, 4)), draw.uniform(size=(1, 7)), draw.normal(size=(1, 5, 16))))
+  params = jax.eval_shape(net.init, jax.random.key(0), x, t, text)["params"]
+  params = jax.tree.map(lambda x: draw.normal(size=x.shape, scale=x.shape[-2] ** -0.5 if x.ndim > 1 else 0.5)
+                        .astype(np.float32), params)
+
+  def loss(params):
+    return jnp.square(net.apply({"params": params}, x, t, text) - target).mean()
+
+  placed = placement.shardings(RULES, params, there)
+  run = jax.jit(jax.value_and_grad(loss), in_shardings=(placed,), out_shardings=(None, placed))
+  run = run.lower(params).compile(QUICK)
+  return run(jax.device_put(params, placed)), run.as_text()
+
+
+def test_the_network_learns_the_same_of_a_film_in_parts():
+  """Frames and tokens of frames are split and padded; of all frames the network sees those that the mask shows."""
+  mask = "window:1+globals:2"
+  (all_seen, _), (one, _), (parts, hlo) = (learned(*how) for how in (
+    (on(1, 1), "all", "full"), (on(1, 1), mask, "full"), (on(4, 2), mask, "local_global")))
+  worst = jax.tree.map(apart, parts, one)
+  assert max(jax.tree.leaves(worst)) < 1e-4 and worst[0] < 1e-5, worst
+  assert abs(all_seen[0] - one[0]) > 1e-3 * one[0]
+  assert overtaking(hlo) == []
+
+
 def test_a_pattern_without_a_window_is_refused_in_one_line():
   words = ("pattern 'local_global' needs a window of frames: give mask 'window:24' or 'window:24+globals:24', or use "
            "'ring'.")
@@ -149,3 +183,13 @@ def test_a_pattern_without_a_window_is_refused_in_one_line():
     with pytest.raises(BadInput, match=re.escape(words)):
       attention.check("local_global", "dense", on(2, 1), 4, "float32", rule)
   attention.check("local_global", "dense", on(2, 1), 4, "float32", Rule(window=1))
+
+
+def test_what_is_not_seen_is_not_counted():
+  """Of 4 frames of 10 tokens: 4 width operations a layer for each pair of tokens, of which a rule leaves a share."""
+  size = SIZES["tiny"]
+  pairs, text = 10 * 10 * int(scope(1, {0}, 4).sum()), 40 * size.text_tokens
+  share = Rule(window=1, stride=4).share(4)
+  assert size.attention_flops(4, 10, seen=share) == 4 * size.layers * size.width * (pairs + text)
+  less = size.forward_flops(4, 10) - size.forward_flops(4, 10, seen=share)
+  assert less == 4 * size.layers * size.width * (1600 - pairs)
