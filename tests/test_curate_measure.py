@@ -142,6 +142,15 @@ def test_runs_are_spread_over_all_frames_and_never_share_a_pair():
     assert all(one[-1] <= other[0] for one, other in itertools.pairwise(runs))
 
 
+@pytest.mark.parametrize(("height", "width"), [(1, 832), (9, 300), (30, 240), (240, 30)])
+def test_strips_have_motion_too(height, width):
+  """OpenCV's flow ends the process where a picture has fewer than 32 rows."""
+  noise = cv2.GaussianBlur(np.random.default_rng(0).integers(0, 256, (height, 3 * width, 3), dtype=np.uint8), (0, 0), 4)
+  noise = cv2.normalize(noise, None, 0, 255, cv2.NORM_MINMAX)
+  strip = np.stack([noise[:, round(.02 * width * k):][:, :width] for k in range(9)])
+  assert motion.motion(strip) == pytest.approx(.02, rel=.4 if height >= 30 else 2)
+
+
 # Whole shots of films
 
 def film_of(folder: Path, pictures: np.ndarray, name: str = "film.mp4") -> tuple[Film, Shot]:
@@ -216,6 +225,12 @@ def test_a_shot_is_read_once_and_few_of_its_frames_are_held(pan, monkeypatch):
   for seconds in (10, 1000):
     moves = measure._Moves(film, Shot("long", 0, seconds * FPS, (0, 0, HEIGHT, WIDTH)))
     assert len(moves.wanted) <= measure.MOST_RUNS * (motion.RUN + 1)
+
+
+@pytest.mark.parametrize("box", [(0, 0, 3, 3), (HEIGHT - 1, 0, 1, WIDTH), (0, WIDTH - 1, HEIGHT, 1), (100, 200, 2, 90)])
+def test_boxes_of_a_few_pixels_are_measured(pan, box):
+  film, _, _ = pan
+  assert set(measure.measure(film, Shot(film.name, 0, 9, box), measure.Settings())) == set(measure.Settings().names())
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 7])

@@ -143,12 +143,16 @@ def _spread(shot: Shot, count: int) -> list[int]:
   return sorted({shot.start + int((k + .5) * length / count) for k in range(count)})
 
 
+def _part(first: int, size: int, scale: float, most: int) -> slice:
+  start = min(round(first * scale), most - 1)
+  return slice(start, max(start + 1, round((first + size) * scale)))
+
+
 def _inside(pixels: UInt8[np.ndarray, "H W 3"], film: Film, shot: Shot) -> UInt8[np.ndarray, "h w 3"]:
-  """A frame of any size without its borders."""
-  down, across = pixels.shape[0] / film.height, pixels.shape[1] / film.width
+  """A frame of any size without its borders, one pixel at least."""
   top, left, height, width = shot.box
-  rows = slice(round(top * down), max(round(top * down) + 1, round((top + height) * down)))
-  columns = slice(round(left * across), max(round(left * across) + 1, round((left + width) * across)))
+  rows = _part(top, height, pixels.shape[0] / film.height, pixels.shape[0])
+  columns = _part(left, width, pixels.shape[1] / film.width, pixels.shape[1])
   return np.ascontiguousarray(pixels[rows, columns])
 
 

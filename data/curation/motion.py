@@ -23,6 +23,7 @@ from anisora_jax.loaders import video
 
 WIDTH = 128         # of the pictures for `motion` and AniSora's
 FINE_WIDTH = 192    # of those for VBench's and the camera
+FEWEST_ROWS = 32    # with less, DIS (OpenCV 5.0) writes where it must not and ends the process
 RUN = 6             # pairs of neighbouring frames looked at together: a multiple of 2 and of 3
 RUNS = 3            # for `motion` of frames in memory
 CAMERAS = ("static", "pan left", "pan right", "tilt up", "tilt down", "zoom in", "zoom out", "roll", "other")
@@ -46,20 +47,29 @@ def runs(count: int, wanted: int) -> list[range]:
   return [range(start, start + RUN + 1) for start in starts]
 
 
+def _at_width(picture: np.ndarray, width: int) -> np.ndarray:
+  rows = max(1, round(picture.shape[0] * width / picture.shape[1]))
+  return cv2.resize(picture, (width, rows),
+                    interpolation=cv2.INTER_AREA if picture.shape[1] >= width else cv2.INTER_LINEAR)
+
+
 def small(picture: UInt8[np.ndarray, "H W 3"], width: int) -> Grey:
-  """A grey picture of a given width, at least 16 rows high."""
-  size = video.Size(max(16, round(picture.shape[0] * width / picture.shape[1])), width)
-  return cv2.cvtColor(video.fit(picture, size), cv2.COLOR_RGB2GRAY)
+  """A grey picture of a given width, its shape kept."""
+  return cv2.cvtColor(_at_width(picture, width), cv2.COLOR_RGB2GRAY)
 
 
 def narrow(grey: Grey) -> Grey:
   """A fine picture at the width for `motion`."""
-  return cv2.resize(grey, (WIDTH, max(16, round(grey.shape[0] * WIDTH / grey.shape[1]))), interpolation=cv2.INTER_AREA)
+  return _at_width(grey, WIDTH)
 
 
 def flow(first: Grey, second: Grey) -> Flow:
   """Where every pixel of the first picture went, (right, down) in pixels."""
-  return cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST).calc(first, second, None)
+  rows = first.shape[0]
+  if rows < FEWEST_ROWS:
+    first, second = (cv2.copyMakeBorder(grey, 0, FEWEST_ROWS - rows, 0, 0, cv2.BORDER_REPLICATE)
+                     for grey in (first, second))
+  return cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST).calc(first, second, None)[:rows]
 
 
 def _lengths(moved: Flow) -> Float[np.ndarray, "h w"]:
