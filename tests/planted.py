@@ -34,7 +34,10 @@ def clouds(seed: int, speed: float, zoom: float = 0., bright: float = 1.) -> Sce
   canvas = np.zeros((320, 640, 3))
   for octave in range(2, 8):
     coarse = rng.normal(size=(2**octave, 2**(octave + 1), 3)) * rng.uniform(.3, 1, 3)
-    canvas += cv2.resize(coarse, (640, 320), interpolation=cv2.INTER_CUBIC) * 1.4**-octave
+    around = np.pad(coarse, ((2, 2), (2, 2), (0, 0)), "wrap")  # so that the painting has no seam
+    edge = 640 // 2**octave
+    large = cv2.resize(around, (640 + 2 * edge, 320 + 2 * edge), interpolation=cv2.INTER_CUBIC)
+    canvas += large[edge:-edge, edge:-edge] * 1.4**-octave
   canvas = canvas / canvas.std() * 45 + rng.uniform(60, 190, 3)
   canvas = np.clip(canvas * bright, 0, 255).astype(np.uint8)
   angle, x0, y0 = rng.uniform(0, 2 * np.pi), rng.uniform(0, 600), rng.uniform(0, 300)
@@ -128,12 +131,54 @@ class Reel:
     return path
 
 
+def reel(seed: int) -> Reel:
+  """A film of all kinds of scenes, with four cuts, two fades and two dissolves, and with what only looks like cuts."""
+  rng = np.random.default_rng(seed)
+  fps = float(rng.choice([12, 12, 24, 25, 30]))
+  made, scene, at = Reel(fps), any_scene(rng, fps), 0.
+  for way in rng.permutation(["cut"] * 4 + ["fade", "dissolve"] * 2):
+    length = float(rng.uniform(1., 1.5))
+    made.play(scene, length, at)
+    if rng.random() < .35:
+      trick = rng.choice(["flash", "dark", "negative", "dim"])
+      if trick == "dim":
+        made.dim(round(.8 * fps), float(rng.uniform(.4, .7)))
+      elif trick == "negative":
+        made.negative(int(rng.integers(1, 3)))
+      else:
+        made.flash(int(rng.integers(1, 4)), 255 * (trick == "flash"))
+      made.play(scene, .8, at + length)
+      length += .8
+    after, seconds = any_scene(rng, fps), float(rng.uniform(.4, 1.2))
+    if way == "cut":
+      made.cut()
+    elif way == "fade":
+      made.fade(scene, at + length, after, seconds, float(rng.choice([0, .3])), int(rng.choice([0, 0, 255])))
+    else:
+      made.dissolve(scene, at + length, after, seconds)
+    scene, at = after, 0. if way == "cut" else seconds
+  return made.play(scene, 1.5, at)
+
+
+def any_scene(rng: np.random.Generator, fps: float) -> Scene:
+  """Drawn, painted or flat; slow or fast; on ones, twos or, at 24 frames a second and more, threes."""
+  seed, kind = int(rng.integers(10**9)), rng.random()
+  if kind < .5:
+    scene = toon(seed)
+  elif kind < .8:
+    zoom, bright = float(rng.choice([0, 0, .2, -.1])), float(rng.choice([1, 1, .4]))
+    scene = clouds(seed, float(rng.choice([0, .1, .3, .6, 1])), zoom, bright)
+  else:
+    scene = blocks(seed, float(rng.choice([.2, .6])))
+  return on(scene, int(rng.choice([1, 2, 3 if fps >= 24 else 1])), fps)
+
+
 def _mix(a: np.ndarray, b, share: float) -> np.ndarray:
   return np.rint(a * (1 - share) + np.float64(b) * share).astype(np.uint8)
 
 
 def write(path: Path, frames: np.ndarray, fps: float, crf: int = 18) -> None:
-  path.write_bytes(video.encode(frames, fps, crf))
+  path.write_bytes(video.encode(frames, float(fps), crf))
 
 
 def pattern(count: int) -> np.ndarray:

@@ -19,7 +19,7 @@ from curation.items import Film, Rejected, Shot
 
 AREA = 72 * 128    # pixels of the small pictures: cuts, motion and stills are seen as well as in large ones
 CELL = 6           # pixels of the small picture: a still has no cell of this size that changes by ...
-CHANGE = 4.        # ... more than so many grey levels on average
+CHANGE = 6.        # ... more than so many grey levels on average
 LOOK = .5          # seconds between the frames in which borders are looked for
 GUARD = .1         # seconds left out beside fades and dissolves, whose ends can be off by a few frames
 REASONS = {
@@ -87,9 +87,8 @@ def cut(film: Film, settings: Settings) -> tuple[list[Shot], list[Rejected], int
 
 
 def small_height(film: Film) -> int:
-  """Rows of the small pictures, even: as many pixels for upright films as for wide ones, and no more than there are."""
-  rows = math.sqrt(AREA * film.height / film.width)
-  return max(2, min(film.height, round(rows / 2) * 2))
+  """Rows of the small pictures, even: as many pixels of upright films as of wide ones, of tiny ones as of large."""
+  return round(math.sqrt(AREA * film.height / film.width) / 2) * 2
 
 
 def _look(film: Film, settings: Settings) -> _Seen:

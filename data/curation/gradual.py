@@ -17,14 +17,17 @@ from curation import likeness
 
 RATE = 12       # pictures a second in which candidates are searched
 LONGEST = 2.6   # seconds
+HELD = .15      # seconds for which a drawing may stay in the midst of a dissolve: threes at 24 frames a second
+BRIEF = .2      # seconds: no shot fits between two transitions so near each other
 ROWS = 18       # of the tiny pictures
 COST = .5       # largest distance from the line, in lengths of the line, and from an even walk, together
 FADE_COST = .3
+LONGER = .015   # of cost that each further picture makes up for
 STEP = .5       # of the way in one picture, which would be a cut
 FLAT, DRAWN = 7., 12.   # spread of the grey levels of a flat picture, at most, and of one that is not, at least
 APART = 20.     # root mean square difference of the ends of a dissolve, grey levels
 ALIKE = .7      # correlation of the ends that one scene could have
-ENDS = .35      # share of one end that motion must leave unexplained by the other
+ENDS = .4       # share of one end that motion must leave unexplained by the other
 MIXED = 1.05     # error of mixing over error of moving, at most
 
 
@@ -62,7 +65,7 @@ def find(small: UInt8[np.ndarray, "n h w 3"], fps: float, first: int = 0) -> lis
         abs(start - other[0]) + abs(stop - other[1]) <= 3 * step for other in refused):
       continue
     if _is_mixed(small, start, stop):
-      found.append(_grown(vectors, start, stop))
+      found.append(_grown(vectors, start, stop, round(HELD * fps)))
     else:
       refused.append((start, stop))
   return _joined(sorted(found, key=lambda t: t.start), small, spread(vectors) < FLAT, fps)
@@ -90,9 +93,8 @@ def _candidates(vectors: Float[np.ndarray, "n d"], longest: int) -> list[tuple[f
     fades = (cost < FADE_COST) & (low < FLAT) & (high > DRAWN)
     wide = np.sqrt(apart / vectors.shape[1]) > APART
     dissolves = (cost < COST) & even & wide & (likes < ALIKE) & (low >= FLAT) & (length > 3)
-    # Of fits about as good, the longest leaves the least to be guessed.
-    found += [(round(float(cost[n]) / .15) * .15 - .001 * length, int(n), int(n) + length)
-              for n in np.flatnonzero(fades | dissolves)]
+    # A longer fit that is little worse leaves less to be guessed.
+    found += [(float(cost[n]) - LONGER * length, int(n), int(n) + length) for n in np.flatnonzero(fades | dissolves)]
   return sorted(found)
 
 
@@ -120,14 +122,17 @@ def _moved(a: UInt8[np.ndarray, "h w 3"], b: UInt8[np.ndarray, "h w 3"], picture
   return min(float(np.abs(likeness.moved(each, picture).astype(np.float32) - picture).mean()) for each in sources)
 
 
-def _grown(vectors: Float[np.ndarray, "n d"], start: int, stop: int) -> Transition:
-  """The whole transition around a stretch of it: as far as pictures go on along its line."""
+def _grown(vectors: Float[np.ndarray, "n d"], start: int, stop: int, held: int) -> Transition:
+  """The whole transition around a stretch of it: as far as pictures go on along its line.
+
+  held: frames for which a drawing may stay.
+  """
   way = vectors[stop] - vectors[start]
   share = (vectors - vectors[start]) @ way / float(way @ way)
-  stride = max(2, (stop - start) // 6)
+  stride = max(2, held, (stop - start) // 6)
   slope = (share[stop] - share[start]) / (stop - start)
   first, last = start, stop
-  reach = (stop - start) // 2 + stride
+  reach = (stop - start) + stride
   while first - stride >= 0 and start - first < reach and share[first] - share[first - stride] > .4 * slope * stride:
     first -= 1
   while last + stride < len(share) and last - stop < reach and share[last + stride] - share[last] > .4 * slope * stride:
@@ -138,7 +143,8 @@ def _grown(vectors: Float[np.ndarray, "n d"], start: int, stop: int) -> Transiti
 
 def _joined(found: list[Transition], small: UInt8[np.ndarray, "n h w 3"], flat: np.ndarray, fps: float
             ) -> list[Transition]:
-  """Joins a fade out, the flat pictures after it and the fade in. Drops short ones that come back to their scene."""
+  """Joins a fade out, the flat pictures after it and the fade in, and parts of one transition. Drops short ones that
+  come back to their scene."""
   joined: list[Transition] = []
   for each in found:
     start, stop = each.start, each.stop
@@ -146,7 +152,7 @@ def _joined(found: list[Transition], small: UInt8[np.ndarray, "n h w 3"], flat: 
       start -= 1
     while each.kind == "fade" and stop < len(flat) and flat[stop]:
       stop += 1
-    if joined and start <= joined[-1].stop:
+    if joined and start <= joined[-1].stop + BRIEF * fps:
       before = joined.pop()
       kind = "fade" if "fade" in (before.kind, each.kind) else "dissolve"
       each = Transition(kind, before.start, max(stop, before.stop))

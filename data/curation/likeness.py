@@ -4,16 +4,33 @@ import cv2
 import numpy as np
 from jaxtyping import UInt8
 
-OTHER = .45     # share of unexplained pixels above which two pictures are of different scenes
-TOLERANCE = 24  # grey levels that a moved pixel may be off
+OTHER = .54     # share of unexplained pixels above which two pictures are of different scenes
+TOLERANCE = 24  # grey levels that a moved pixel may be off, at most ...
+CONTRAST = .6   # ... and in standard deviations of its picture
+PLAIN = .15     # weight of a pixel without detail about it, which moving explains too easily, to one with
 _FLOW = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
+_AROUND = np.ones((5, 5), np.uint8)
 
 
 def moved(source: UInt8[np.ndarray, "h w 3"], target: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w 3"]:
-  """The source with its pixels moved to where optical flow (DIS) sees them in the target."""
-  grey = [cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY) for picture in (target, source)]
-  flow = _FLOW.calc(*grey, None)
-  rows, columns = np.indices(grey[0].shape, dtype=np.float32)
+  """The source with its pixels moved to where they are seen in the target.
+
+  By optical flow (DIS), alone or after the one shift of the whole that phase correlation finds: flow loses fast pans.
+  """
+  grey, aim = (cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY) for picture in (source, target))
+  window = cv2.createHanningWindow(grey.shape[::-1], cv2.CV_32F)
+  (right, down), _ = cv2.phaseCorrelate(grey.astype(np.float32), aim.astype(np.float32), window)
+  made = [_flowed(source, grey, aim)]
+  if max(abs(right), abs(down)) > 1:
+    whole = np.float32([[1, 0, right], [0, 1, down]])
+    shifted = cv2.warpAffine(source, whole, grey.shape[::-1], borderMode=cv2.BORDER_REPLICATE)
+    made.append(_flowed(shifted, cv2.cvtColor(shifted, cv2.COLOR_RGB2GRAY), aim))
+  return min(made, key=lambda picture: cv2.norm(picture, target, cv2.NORM_L1))
+
+
+def _flowed(source: np.ndarray, grey: np.ndarray, aim: np.ndarray) -> np.ndarray:
+  flow = _FLOW.calc(aim, grey, None)
+  rows, columns = np.indices(grey.shape, dtype=np.float32)
   return cv2.remap(source, columns + flow[..., 0], rows + flow[..., 1], cv2.INTER_LINEAR,
                    borderMode=cv2.BORDER_REPLICATE)
 
@@ -25,7 +42,23 @@ def lit(source: UInt8[np.ndarray, "h w 3"], target: UInt8[np.ndarray, "h w 3"]) 
 
 
 def unexplained(source: UInt8[np.ndarray, "h w 3"], target: UInt8[np.ndarray, "h w 3"]) -> float:
-  """Share of the target's pixels that the source does not have, moved and all in another light as it may be."""
-  gain = np.clip((target.mean() + 1) / (source.mean() + 1), .5, 2.)
-  return min(float((cv2.absdiff(moved(each, target), target).max(-1) > TOLERANCE).mean())
-             for each in (source, np.clip(source * gain, 0, 255).astype(np.uint8)))
+  """Share of the target's detail that the source does not have, moved and all in another light as it may be.
+
+  The brighter picture is darkened, down to a half, and never the darker one lit: white would be made of anything.
+  """
+  gain = float(np.clip((target.mean() + 1) / (source.mean() + 1), .5, 2.))
+  darker = [(each * min(1., by)).astype(np.uint8) for each, by in ((source, gain), (target, 1 / gain))]
+  # Dark and misty pictures differ by less.
+  allowed = float(np.clip(CONTRAST * target.std(), TOLERANCE / 2, TOLERANCE))
+  shares = []
+  for a, b, tolerance in ((source, target, allowed), (*darker, allowed * min(gain, 1 / gain))):
+    detail = cv2.morphologyEx(cv2.cvtColor(b, cv2.COLOR_RGB2GRAY), cv2.MORPH_GRADIENT, _AROUND)
+    weight = np.minimum(detail.astype(np.float32) / TOLERANCE, 1) + PLAIN
+    shares.append(float(weight[cv2.absdiff(moved(a, b), b).max(-1) > tolerance].sum() / weight.sum()))
+  return min(shares)
+
+
+def palette(a: UInt8[np.ndarray, "h w 3"], b: UInt8[np.ndarray, "h w 3"]) -> float:
+  """Share of colours that two pictures have in common, wherever they are: 0 none .. 1 all."""
+  counts = [cv2.calcHist([picture], [0, 1, 2], None, [5] * 3, [0, 256] * 3) / (picture.size / 3) for picture in (a, b)]
+  return float(np.minimum(*counts).sum())

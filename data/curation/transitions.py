@@ -2,7 +2,8 @@
 
 PySceneDetect's ContentDetector and AdaptiveDetector name frames that differ from the one before, generously; each is
 then held against what only looks like a cut. Pictures that motion explains belong together; a flash, an impact frame or
-a strobe comes back to its scene; and where every drawing differs wildly from the last, in a whip pan, nothing is cut.
+a strobe comes back to its scene; and where every drawing differs wildly from the last, in a whip pan, only a change of
+all colours is a cut.
 ThresholdDetector adds the fades through black whose ways down and up are too uneven for `gradual`.
 Repeated drawings (animation on twos, on threes) are passed over first, so that a pan on threes is no row of cuts.
 """
@@ -15,15 +16,17 @@ from jaxtyping import UInt8
 from scenedetect import AdaptiveDetector, ContentDetector, FrameTimecode, ThresholdDetector
 
 from curation import gradual, likeness
-from curation.gradual import Transition
+from curation.gradual import BRIEF, Transition
 
 CORE = 16.      # seconds judged at once ...
 MARGIN = 4.     # ... with so much before and after at hand
-BRIEF = .2      # seconds: two changes no farther apart are judged together ...
-HELD = .4       # ... and so are changes that stand so near and no more than 3 drawings apart
+HELD = .4       # seconds: changes so near and no more than 3 drawings apart are judged together, and those within BRIEF
 DARK = 6        # mean brightness of a black picture, grey levels
+BLACK = .35     # seconds: shorter darkness is a flash
 SAME = .7       # mean difference below which a drawing is repeated, grey levels
-TURMOIL = 3     # changes at one place that are no cut any more
+AGAIN = .35     # share of unexplained pixels below which a scene has surely come back
+TURMOIL = 3     # so many changes at one place are no cut ...
+STRANGE = .2    # ... but for one that leaves fewer colours than this share
 
 
 class Finder:
@@ -37,7 +40,7 @@ class Finder:
     self.lit: list[int] = []        # frames at which the picture comes out of the dark
     self.detectors = (ContentDetector(threshold=content, min_scene_len=0),
                       AdaptiveDetector(adaptive_threshold=adaptive, min_content_val=6, min_scene_len=0))
-    self.dark = ThresholdDetector(threshold=DARK, min_scene_len=0, fade_bias=1., min_out_length=round(BRIEF * fps))
+    self.dark = ThresholdDetector(threshold=DARK, min_scene_len=0, fade_bias=1., min_out_length=round(BLACK * fps))
 
   def push(self, number: int, small: UInt8[np.ndarray, "h w 3"]) -> Iterator[Transition]:
     """Takes frame `number`; yields transitions that are certain now."""
@@ -60,9 +63,11 @@ class Finder:
     """Yields transitions that begin in [done, stop), and forgets what is no longer needed."""
     small, first = np.stack(self.held), self.first
     found = [Transition(t.kind, t.start + first, t.stop + first) for t in gradual.find(small, self.fps, first)]
-    suspects = [n for n in sorted(set(self.suspects)) if not any(t.start < n <= t.stop + 2 for t in found)]
-    found += self._cuts(small, suspects)
+    # What looks like a cut at the ends of a fade is its first or last step.
     near = round(BRIEF * self.fps) + 1
+    soft = [range(t.start - near * (t.kind == "fade"), t.stop + 3) for t in found]
+    suspects = [n for n in sorted(set(self.suspects)) if not any(n in each for each in soft)]
+    found += self._cuts(small, suspects)
     found += [Transition("fade", n, n) for n in self.lit
               if not any(t.start - near <= n <= t.stop + near for t in found)]
     yield from sorted((t for t in found if self.done <= t.start < stop), key=lambda t: (t.start, t.stop))
@@ -84,9 +89,21 @@ class Finder:
         back = [m for m in range(n + 1, len(group)) if not differ(group[n] - 1, group[m])]
         alone += [] if back else [group[n]]
         n = (back[-1] if back else n) + 1
-      if 0 < len(alone) < TURMOIL:
+      if len(alone) >= TURMOIL:
+        alone = [n for n in alone if likeness.palette(small[n - 1 - self.first], small[n - self.first]) < STRANGE][:1]
+      alone = [n for n in alone if not self._comes_back(n)]
+      if alone:
         cuts.append(Transition("cut", alone[0], alone[-1]))
     return cuts
+
+  def _comes_back(self, n: int) -> bool:
+    """Whether a scene comes back soon after a change: half a flash, whose other half passed as motion."""
+    def same(a: int, b: int) -> bool:
+      return likeness.unexplained(self.held[a - self.first], self.held[b - self.first]) < AGAIN
+    last, reach = self.first + len(self.held), max(2, round(BRIEF * self.fps))
+    step = max(1, reach // 3)
+    return (any(same(n - 1, m) for m in range(n + 1, min(last, n + 1 + reach), step)) or
+            any(same(m, n) for m in range(n - 2, max(self.first, n - 2 - reach) - 1, -step)))
 
   def _groups(self, changes: list[int]) -> list[list[int]]:
     """Changes so near each other that there is no shot between them."""
