@@ -12,7 +12,7 @@ import numpy as np
 
 from anisora_jax.errors import BadInput
 from anisora_jax.loaders import records, video
-from curation import frames
+from curation import frames, sources
 from curation.items import Candidate, Film, Shot, Source
 from curation.store import Store, digest, land
 
@@ -52,10 +52,6 @@ def encode(film: Film, shot: Shot, settings: Settings) -> bytes:
   return video.encode_each(pictures, size, film.fps, settings.crf)
 
 
-def masks_path(source: Source) -> Path:
-  return Path(source.path).with_suffix(".masks.npz")
-
-
 def character(path: Path, film: Film, shot: Shot, settings: Settings) -> bytes | None:
   """Where the tracked character is seen in a clip, packed as in a record; None where no masks lie beside the film.
 
@@ -86,10 +82,9 @@ class Held:
   """The encoded clips of one film."""
 
   def __init__(self, store: Store, source: Source, film: Film, settings: Settings):
-    self._film, self._settings, self._masks = film, settings, masks_path(source)
+    self._film, self._settings, self._masks = film, settings, Path(source.path).with_suffix(sources.MASKS)
     self._folder = store.folder / "clips" / source.key
-    masks = self._masks.stat() if self._masks.is_file() else None
-    self._needs = [replace(film, path="", frames=0), settings, masks and [masks.st_size, masks.st_mtime_ns]]
+    self._needs = [replace(film, path="", frames=0), settings, sources.beside_state(source, [sources.MASKS])]
 
   def path(self, shot: Shot) -> Path:
     return self._folder / f"{shot.start:06}-{digest(*self._needs, shot)[:24]}.mp4"
@@ -99,13 +94,8 @@ class Held:
     path = self.path(candidate.shot)
     if path.is_file():
       return
-    mask = character(self._masks, self._film, candidate.shot, self._settings)
-    if mask is not None:
-      land(path.with_suffix(".mask"), mask)
+    if not (masked := path.with_suffix(".mask")).is_file():
+      mask = character(self._masks, self._film, candidate.shot, self._settings)
+      if mask is not None:
+        land(masked, mask)
     land(path, encode(self._film, candidate.shot, self._settings))
-
-  def read(self, shot: Shot) -> tuple[bytes, bytes | None]:
-    """(mp4, packed mask of the character or None) of a clip that was made."""
-    path = self.path(shot)
-    mask = path.with_suffix(".mask")
-    return path.read_bytes(), mask.read_bytes() if mask.is_file() else None

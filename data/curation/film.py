@@ -67,7 +67,8 @@ class Chain:
     return digest(self.measure(film), "prints")
 
   def describe(self, film: Film) -> str:
-    return digest(replace(film, path="", frames=0), self.settings.describe, sources.words_state(self.source))
+    words = sources.beside_state(self.source, sources.WORDS)
+    return digest(replace(film, path="", frames=0), self.settings.describe, words)
 
   def lost(self) -> str:
     return digest(self.probe(), self.settings.limits, self.settings.cut, self.settings.measure)
@@ -138,15 +139,22 @@ def guarded(child: Child, source: Source, settings: Settings, folder: Path) -> F
   return found
 
 
-def finish(source: Source, film: Film, chosen: list[Candidate], settings: Settings, folder: Path) -> None:
-  """Captions and encodes the chosen shots of one film, those that are not done. The results are in the store."""
+def finish(source: Source, film: Film, chosen: list[Candidate], settings: Settings, folder: Path) -> str:
+  """Captions and encodes the chosen shots of one film, those that are not done. The results are in the store.
+
+  Returns why the film cannot be read any more, or "".
+  """
   store = Store(folder)
   held, told = clips.Held(store, source, film, settings.clip), captions(source, film, settings, store)
   for candidate in chosen:
     if _untold(told, candidate):
       told[candidate.shot.id] = asdict(describe.describe(film, candidate, settings.describe))
       store.put("describe", source.key, Chain(source, settings).describe(film), told)
-    held.make(candidate)
+    try:
+      held.make(candidate)
+    except video.Unreadable as error:
+      return str(error)
+  return ""
 
 
 def captions(source: Source, film: Film, settings: Settings, store: Store) -> dict[str, dict]:

@@ -28,7 +28,7 @@ def curate(films: str, out: Path, settings: Settings, runner: Runner, retry: boo
   found = sources.find(films, out)
   store = Store(out / "work")
   with _alone(store.folder):
-    done = digest(settings, found)
+    done = digest(settings, found, [sources.beside_state(source, [*sources.WORDS, sources.MASKS]) for source in found])
     if store.get("done", "all", done) is not None and (out / records.INDEX).is_file() and not retry:
       print(f"{out} is complete already")
       return
@@ -77,15 +77,19 @@ def finish(child: Child, item: tuple, settings: film.Settings, store: Store) -> 
   needs = lost_needs(item, settings)
   if store.get("lost_clips", source.key, needs) is None and film.unfinished(*item, settings, store):
     try:
-      child.call(film.finish, source, about, chosen, settings, store.folder)
+      damage = child.call(film.finish, source, about, chosen, settings, store.folder)
+      why = ("unreadable", damage) if damage else None
     except Lost as lost:
-      store.put("lost_clips", source.key, needs, asdict(Rejected(source.name, source.name, "pack", *lost.args)))
+      why = lost.args
+    if why:
+      store.put("lost_clips", source.key, needs, asdict(Rejected(source.name, source.name, "pack", *why)))
   yield from ()
 
 
 def lost_needs(item: tuple, settings: film.Settings) -> str:
   source, _, chosen = item
-  return digest(source.state, [candidate.shot for candidate in chosen], settings)
+  beside = sources.beside_state(source, [*sources.WORDS, sources.MASKS])
+  return digest(source.state, beside, [candidate.shot for candidate in chosen], settings)
 
 
 def make(found: Sequence[Source], selection: Selection, settings: Settings, store: Store, runner: Runner) -> None:
@@ -143,7 +147,9 @@ def pack(out: Path, entries: Sequence[shards.Entry], selection: Selection, setti
     pipeline.each("pack", plans, Work(shards.written, (store,), settings.film.limits), store.folder, runner)
   rows = {split: {form: [shards.write(shard, store) for shard in plan if shard.tfds == form] for form in (False, True)}
           for split, plan in planned.items()}
-  if settings.pack.tfds:
+  if not settings.pack.tfds:
+    shutil.rmtree(out / "tfds", ignore_errors=True)
+  else:
     shards.write_tfds(out, {split: forms[True] for split, forms in rows.items()})
   shards.write_table(out / shards.TABLE, (
     {**entry.row(), "split": split, "shard": shard.path.name, "number": number} for split, plan in planned.items()

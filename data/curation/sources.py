@@ -3,7 +3,7 @@
 import fnmatch
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pack
@@ -11,6 +11,7 @@ import pack
 from anisora_jax.errors import BadInput
 from curation.items import Source
 
+WORDS, MASKS = (".txt", ".json"), ".masks.npz"  # of the files that may stand beside a film
 SUFFIXES = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".m2ts", ".mts", ".wmv", ".flv",
             ".ogv", ".mxf", ".3gp", ".gif", ".y4m"}
 
@@ -85,7 +86,7 @@ def beside(source: Source) -> dict[str, str]:
   return {name: str(known[name]) for name in ("source", "licence") if name in known}
 
 
-def words_state(source: Source) -> list[list[int]]:
-  """Sizes and times of change of the files of words beside a film, those that are there."""
-  files = [Path(source.path).with_suffix(suffix) for suffix in (".txt", ".json")]
-  return [[file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]
+def beside_state(source: Source, suffixes: Sequence[str]) -> list[list[int] | None]:
+  """Sizes and times of change of files beside a film, None for those that are not there."""
+  files = [Path(source.path).with_suffix(suffix) for suffix in suffixes]
+  return [[file.stat().st_size, file.stat().st_mtime_ns] if file.is_file() else None for file in files]
