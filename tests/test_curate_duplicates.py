@@ -165,7 +165,8 @@ def test_blank_pictures_are_like_nothing(shots):
            "red": np.full((24, HEIGHT, WIDTH, 3), (200, 30, 30), np.uint8),
            "dim": rng.integers(16, 19, (24, HEIGHT, WIDTH, 3)).astype(np.uint8),
            "landscape": np.repeat(np.linspace(0, 255, HEIGHT).astype(np.uint8)[None, :, None, None], 24, 0)
-           .repeat(WIDTH, 2).repeat(3, 3)}
+           .repeat(WIDTH, 2).repeat(3, 3),
+           "gradient": np.broadcast_to(np.linspace(0, 255, WIDTH)[:, None], (24, HEIGHT, WIDTH, 3)).astype(np.uint8)}
   prints = {name: _prints(film) for name, film in blank.items()}
   assert not any(duplicates.bands(given) for given in prints.values())
   assert duplicates.find(prints) == [] and duplicates.distance(prints["black"], prints["black"]) == 1
