@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import sys
 import time
 from pathlib import Path
@@ -121,6 +122,16 @@ def test_names_of_films_and_words_of_commands_reach_no_shell(pictures, tmp_path,
   found = measured(film_of(tmp_path, pictures[:8], name), {"name": "taste", "command": words, "words": ["tags"]})
   assert found["tags"] == [json.dumps(name), *words[3:]]
   assert not list(tmp_path.rglob("*hacked"))
+
+
+def test_a_model_may_take_the_addresses_that_films_may_not(shot):
+  before = resource.getrlimit(resource.RLIMIT_AS)
+  resource.setrlimit(resource.RLIMIT_AS, (2**44, before[1]))
+  try:
+    found = answer(shot, "from resource import *; print(json.dumps({'tags': [str(getrlimit(RLIMIT_AS)[0])]}))")
+  finally:
+    resource.setrlimit(resource.RLIMIT_AS, before)
+  assert found["tags"] == [str(before[1])]
 
 
 @pytest.mark.parametrize(("made", "why"), [

@@ -4,8 +4,10 @@ The command is a list of words, never a shell's line. It is held to a time and t
 started is ended with it.
 """
 
+import contextlib
 import json
 import os
+import resource
 import selectors
 import signal
 import subprocess
@@ -37,6 +39,7 @@ def ask(name: str, command: Sequence[str], request: dict[str, Any], seconds: flo
       raise Failed(f"provider {name!r} does not start ({error}): its command is {list(command)!r}, give the words of "
                    "one that runs from here.") from error
     with process:
+      _unbounded(process.pid)
       try:
         answer, said = _listen(name, process, deadline, seconds)
         status = process.wait(max(.01, deadline - time.monotonic()))
@@ -50,6 +53,13 @@ def ask(name: str, command: Sequence[str], request: dict[str, Any], seconds: flo
   if status:
     raise Failed(f"provider {name!r} ended with status {status}: {_last_line(said)}")
   return _parsed(name, answer)
+
+
+def _unbounded(process: int) -> None:
+  """Lifts the limit of memory that we have set ourselves, as far as we may: CUDA reserves more addresses than films."""
+  hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+  with contextlib.suppress(ProcessLookupError):
+    resource.prlimit(process, resource.RLIMIT_AS, (hard, hard))
 
 
 def _late(name: str, seconds: float) -> Failed:
