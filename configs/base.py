@@ -14,6 +14,7 @@ def get_config() -> ConfigDict:
   # Devices along each axis; they multiply to the count of devices, and one may be -1. Weights and what the optimiser
   # keeps of them are split over fsdp x clip x seq: it costs a gather of each layer.
   config.mesh = ConfigDict({
+    "replica": 1, # copies of the weights over slow links: each sums its gradients first, then shares of sums are sent
     "data": 1,    # copies of the weights
     "fsdp": -1,   # batch split
     "clip": 1,    # frames of each clip split: for films too long for seq alone

@@ -165,9 +165,9 @@ def test_buckets_that_group_the_devices_each_in_their_way_train_as_on_one_device
   plain = "5x16x24@8,5x32x24@4,5x32x48@2"
   turns = buckets.Schedule(buckets.parse(plain), seed=0)
   assert {turns[step].bucket for step in range(6)} == {0, 1, 2}
-  grouped = plain.replace("@4", "@4/4").replace("@2", "@2/8")
-  out = finish(start(tmp_path / "eight", f"--config.data.buckets={grouped}", mesh=("--cpu_devices=8",)))
-  assert "fsdp 8 x clip 1 x seq 1" in out
+  grouped = plain.replace("@4", "@4/2").replace("@2", "@2/4")
+  mesh = "--cpu_devices=8", "--config.mesh.replica=2"
+  assert "data 2 x fsdp 4" in finish(start(tmp_path / "eight", f"--config.data.buckets={grouped}", mesh=mesh))
   finish(start(tmp_path / "one", f"--config.data.buckets={plain}", mesh=()))
   eight, one = losses(tmp_path / "eight"), losses(tmp_path / "one")
   assert [eight[n][1] for n in eight] == [one[n][1] for n in one]

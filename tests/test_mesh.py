@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from itertools import product
 
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import test_step
 from compare import apart
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -22,7 +24,8 @@ from anisora_jax.models.blocks import linear
 from anisora_jax.models.wan.dit import WanDiT
 from anisora_jax.models.wan.placement import IMAGE_RULES, RULES
 from anisora_jax.models.wan.sizes import SIZES, Size
-from anisora_jax.parallel import mesh, placement
+from anisora_jax.parallel import mesh, placement, traffic
+from anisora_jax.training import step
 
 SIZE = Size(layers=2, width=64, heads=8, mlp=96, channels=4, given=5, text_width=16, text_tokens=6, image_width=16,
             waves=32)
@@ -48,7 +51,7 @@ def reference_pattern(q, k, v, segments, on, kernel, rule):
 
 
 def on_mesh(shape: tuple[int, ...]):
-  return mesh.build(dict(zip(mesh.AXES, shape, strict=True)), count=int(np.prod(shape)))
+  return mesh.build(dict(zip(mesh.AXES[1:], shape, strict=True)), count=int(np.prod(shape)))
 
 
 @pytest.fixture(scope="module")
@@ -215,11 +218,39 @@ def test_the_same_parameters_serve_every_grouping_of_the_devices(seq, params, tr
   placed, there = (placement.shardings(rules, params, one) for one in (base, on))
   assert all(a.is_equivalent_to(b, leaf.ndim) for a, b, leaf in
              zip(*map(jax.tree.leaves, (placed, there, params)), strict=True))
-  step, batch = compiled(on, params, batch_of(n)), batch_of(n)
-  given = jax.device_put(params, placed), jax.device_put(batch, step.input_shardings[0][1])
-  assert_true(step(*given), truth[n])
+  made, batch = compiled(on, params, batch_of(n)), batch_of(n)
+  given = jax.device_put(params, placed), jax.device_put(batch, made.input_shardings[0][1])
+  assert_true(made(*given), truth[n])
   same = compiled(on_mesh((1, 8 // seq, 1, seq, 1)), params, batch)  # built so from the start
-  assert count_talk(step) == count_talk(same)
+  assert count_talk(made) == count_talk(same)
+
+
+def test_replicas_send_each_other_sums_of_shares():
+  """Of a kernel split over 4 devices, a quarter of the gradient passes between two replicas."""
+  def velocity(params, x, t, given, text):
+    kernel = placement.hold(params["wide"], on, P())
+    words = jnp.tanh(text @ kernel).mean((1, 2))
+    return test_step.velocity(params, x, t, given, text) + words[:, None, None, None, None]
+
+  base = mesh.build({"replica": 2, "fsdp": 4})
+  on, draw = mesh.view(base, replicas=2), np.random.default_rng(0)
+  assert on == base and mesh.view(base).shape["data"] == 2
+  params = test_step.parameters() | {"wide": draw.normal(size=(4, 8192)).astype(np.float32)}
+  placed = {name: NamedSharding(on, P(None, mesh.WEIGHTS) if name == "wide" else P()) for name in params}
+  shares = partial(placement.hold_each, placed=placed)
+  rows, method = test_step.batch_of(), test_step.few(velocity=velocity, replicas=2, shares=shares)
+  split = {name: NamedSharding(on, P(mesh.ROWS)) for name in rows}
+  run = jax.jit(partial(step.gradients, method, step=jnp.int32(3)), in_shardings=(placed, split),
+                out_shardings=(placed, None))
+  made = run.lower(params, rows).compile(compiler_options=QUICK)
+  one = jax.jit(partial(step.gradients, replace(method, replicas=1), step=jnp.int32(3)))(params, rows)
+  test_step.assert_close(run(params, rows), one, 1e-5)
+  between = Counter()
+  for line in made.as_text().splitlines():
+    if sent := traffic._sends(line):
+      between[traffic._group(line)] += sent[1]
+  share = 4 * 8192 * 4 / 4  # bytes
+  assert share <= between[2] < 1.1 * share and between[8] < 0.1 * share, between
 
 
 def test_a_grouping_that_does_not_divide_is_refused():

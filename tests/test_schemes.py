@@ -234,7 +234,7 @@ def training(heads: int, sizes: tuple[int, ...], pattern: str, kernel: str):
   """(loss and gradients of a batch with 15 tokens a frame, the compiled program)."""
   size = Size(layers=2, width=8 * heads, heads=heads, mlp=32, channels=4, given=0, text_width=16, text_tokens=6,
               image_width=0, waves=32)
-  there = mesh.build(dict(zip(mesh.AXES, sizes, strict=True)), count=math.prod(sizes))
+  there = mesh.build(dict(zip(mesh.AXES[1:], sizes, strict=True)), count=math.prod(sizes))
   net, draw = WanDiT(size, there, pattern, kernel), np.random.default_rng(0)
   batch = {"x": draw.normal(size=(2, 2, 6, 10, 4)), "text": draw.normal(size=(2, 5, 16)),
            "t": draw.uniform(size=(2, 2)), "target": draw.normal(size=(2, 2, 6, 10, 4))}

@@ -35,12 +35,13 @@ from anisora_jax.training import optimizer, step
 class Parts:
   """What a config describes, made and checked.
 
-  codec: without its parameters. image_tokens: that the network reads of pictures. encoded: records hold latents.
-  packed: of `Deal`.
+  mesh: of a bucket, or of none, and then with the replicas as data. codec: without its parameters. image_tokens: that
+  the network reads of pictures. encoded: records hold latents. packed: of `Deal`.
   offload: moments and averages of what is trained live in the host's memory.
   """
 
   mesh: jax.sharding.Mesh
+  replicas: int
   size: Size
   codec: codec.Codec
   network: WanDiT
@@ -55,9 +56,10 @@ class Parts:
 
   def of(self, bucket: Bucket) -> "Parts":
     """The same with the devices grouped as a bucket asks; parameters stay where they are."""
-    mesh = meshes.view(self.mesh, bucket.seq or self.mesh.shape["seq"])
+    mesh = meshes.view(self.mesh, bucket.seq, self.replicas)
     network = self.network.clone(mesh=mesh)
-    method = replace(self.method, velocity=partial(velocity, network, self.lora.scale if self.lora else 1.0))
+    method = replace(self.method, velocity=partial(velocity, network, self.lora.scale if self.lora else 1.0),
+                     replicas=self.replicas)
     return replace(self, mesh=mesh, network=network, method=method)
 
   def latent_shape(self, bucket: Bucket) -> tuple[int, int, int]:
@@ -89,7 +91,8 @@ def velocity(network: WanDiT, scale: float, params: PyTree, x, t, condition, tex
 
 def assemble(config: ConfigDict, count: int | None = None, devices: Sequence[jax.Device] | None = None) -> Parts:
   """Makes the parts. count: devices to use, all by default; devices: which. Raises BadInput for what cannot work."""
-  mesh = meshes.build(config.mesh.to_dict(), count, devices=devices)
+  built = meshes.build(config.mesh.to_dict(), count, devices=devices)
+  mesh = meshes.view(built)
   size = pick(SIZES, config.model.size, "model size")
   made = encoders.codec(config)
   told = made.temporal + made.channels
@@ -115,7 +118,7 @@ def assemble(config: ConfigDict, count: int | None = None, devices: Sequence[jax
     tasks=Mixture(config.tasks.to_dict()), times=TimeDraw(**times), weight=loss.weight, drop_text=loss.drop_text,
     drop_condition=loss.drop_condition, given=given, seed=config.seed, micro_batches=config.train.micro_batches)
   settings = {name: value for name, value in config.optimizer.items() if name not in ("ema", "offload")}
-  parts = Parts(mesh=mesh, size=size, codec=made, network=network, method=method,
+  parts = Parts(mesh=mesh, replicas=built.shape[meshes.REPLICA], size=size, codec=made, network=network, method=method,
                 optimizer=optimizer.Optimizer(steps=config.train.steps, **settings), lora=adapted,
                 buckets=parse(config.data.buckets), image_tokens=encoders.image_tokens(config, size),
                 encoded=config.data.encoded, packed=config.data.packed, offload=config.optimizer.offload)

@@ -57,7 +57,7 @@ def abstract_batch(parts: Parts, bucket: Bucket) -> dict[str, jax.ShapeDtypeStru
       shapes["image"] = ((*clips, parts.image_tokens, size.image_width), kind)
   else:
     shapes = {"frames": ((b, F, height, width, 3), np.uint8), "character": ((b, F, height, width), np.bool_), **text}
-  split = jax.sharding.NamedSharding(parts.mesh, jax.P(meshes.BATCH))
+  split = jax.sharding.NamedSharding(parts.mesh, jax.P(meshes.ROWS))
   everywhere = jax.sharding.NamedSharding(parts.mesh, jax.P(parts.mesh.axis_names))
   return {**{name: jax.ShapeDtypeStruct(shape, dtype, sharding=split) for name, (shape, dtype) in shapes.items()},
           "stop": jax.ShapeDtypeStruct((parts.mesh.size,), np.int32, sharding=everywhere)}
@@ -90,22 +90,24 @@ def training_state(parts: Parts, chain) -> tuple[PyTree, Callable[[PyTree | None
 
 def compiled_step(parts: Parts, chain, config: ConfigDict, abstract: PyTree):
   """The jitted training step of the buckets that group the devices as `parts` does; takes over the state's memory."""
-  average, placed = partial(optimizer.ema, limit=config.optimizer.ema), jax.tree.map(lambda x: x.sharding, abstract)
-  work = step.make_step(parts.method, chain, average, partial(offload.fetched, placed=placed))
+  average = partial(optimizer.ema, limit=config.optimizer.ema)
+  placed = jax.tree.map(lambda x: x.sharding, placement.viewed(abstract, parts.mesh))
+  method = replace(parts.method, shares=partial(placement.hold_each, placed=placed.params))
+  work = step.make_step(method, chain, average, partial(offload.fetched, placed=placed))
   return jax.jit(work, donate_argnums=0, out_shardings=(placed, None))
 
 
 def held_out_loss(parts: Parts, config: ConfigDict, frozen: step.Frozen,
                   captions: Captions | None) -> Callable[[state.TrainState], dict[str, float]]:
   """state -> held-out loss of the averaged parameters in each bin of noise time, on the same clips at every call."""
-  clips, parts = loader(parts, config, "held_out", parts.buckets[:1]), parts.of(parts.buckets[0])
-  measure = jax.jit(step.make_held_out(parts.method))
+  clips, parts = loader(parts, config, "held_out", parts.buckets[:1]), replace(parts, replicas=1).of(parts.buckets[0])
+  measure, frozen = jax.jit(step.make_held_out(parts.method)), placement.viewed(frozen, parts.mesh)
   wanted = zip(range(config.train.held_out_batches), clips, strict=False)
   batches = [to_devices(parts, captions, batch) for _, batch in wanted]
   clips.close()
 
   def measures(now: state.TrainState) -> dict[str, float]:
-    average = offload.on_device(now.ema)
+    average = placement.viewed(offload.on_device(now.ema), parts.mesh)
     bins = np.mean([measure(average, batch, number, frozen) for number, batch in enumerate(batches)], axis=0)
     names = [f"held_out/t {(k + 0.5) / step.BINS:.1f}" for k in range(step.BINS)]
     return {"held_out": float(bins.mean()), **{name: float(value) for name, value in zip(names, bins, strict=True)}}
@@ -176,10 +178,16 @@ def train(config: ConfigDict, folder: Path, say: Callable[[str], None] = print) 
       frozen = frozen.replace(base=start if parts.lora else None)
       del start  # what was trained from it is a copy
       ways = {bucket: parts.of(bucket) for bucket in parts.buckets}
-      runs = {there.mesh: compiled_step(there, chain, config, abstract) for there in ways.values()}
+      runs = {there.mesh: (compiled_step(there, chain, config, abstract), placement.viewed(frozen, there.mesh))
+              for there in ways.values()}
 
       def way(batch: dict) -> Parts:
         return ways[_bucket_of(parts, batch)]
+
+      def advance(now: state.TrainState, batch: dict) -> tuple[state.TrainState, step.Measures]:
+        there = way(batch).mesh
+        run, beside = runs[there]
+        return run(placement.viewed(now, there), batch, beside)
 
       say("\n".join([f"{meshes.describe(parts.mesh)}; {parameters(parts)}; {batches.length} clips.",
                      *budget(parts, config)]))
@@ -192,8 +200,7 @@ def train(config: ConfigDict, folder: Path, say: Callable[[str], None] = print) 
           held_out=held_out_loss(parts, config, frozen, captions) if config.train.held_out else lambda _: {},
           save=lambda number, now, position: checkpoints.save(number, now, position, plain),
           wait=checkpoints.wait, report=out, say=out.say)
-        now, number, stopped = loop.run(now, lambda now, batch: runs[way(batch).mesh](now, batch, frozen), batches, due,
-                                        effects, stop, clock)
+        now, number, stopped = loop.run(now, advance, batches, due, effects, stop, clock)
     batches.close()
     for name, reason in sorted(set(batches.bad)):  # each process tells of the records that it alone has read
       (say if meshes.leads() else partial(print, file=sys.stderr))(f"{processes.name()}left out: {name}: {reason}")
@@ -243,7 +250,8 @@ def account(parts: Parts, config: ConfigDict, bucket: Bucket) -> Account:
   abstract, _ = training_state(parts, chain)
   there = parts.of(bucket)
   run = compiled_step(there, chain, config, abstract)
-  given = abstract, abstract_batch(there, bucket), abstract_frozen(parts, config)
+  given = (placement.viewed(abstract, there.mesh), abstract_batch(there, bucket),
+           placement.viewed(abstract_frozen(parts, config), there.mesh))
   lowered, aside = run.lower(*given), sum(map(offload.held, jax.tree.leaves(abstract)))
   try:
     program = lowered.compile()
@@ -260,7 +268,7 @@ def dry_run(config: ConfigDict, say: Callable[[str], None] = print, target: str 
   target: as "h200:8" or "v5p:2x2x4", devices to compile for that are not here; by default those that are.
   """
   parts = assemble(config, devices=targets.devices(target) if target else None)
-  say(f"mesh        {meshes.describe(parts.mesh)}" + (f", {target}" if target else ""))
+  say(f"mesh        {meshes.describe(parts.of(parts.buckets[0]).mesh)}" + (f", {target}" if target else ""))
   say(f"network     {parameters(parts)}")
   for bucket in parts.buckets:
     (f, n), (tokens, flops) = parts.frame_tokens(bucket), parts.work(bucket)

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from anisora_jax.errors import BadInput, pick
 from anisora_jax.models.kernels import LOCAL, Local
 from anisora_jax.parallel.halo import near
-from anisora_jax.parallel.mesh import BATCH, CLIP
+from anisora_jax.parallel.mesh import BATCH, CLIP, REPLICA
 from anisora_jax.parallel.ring import AllIds, Route, ring
 from anisora_jax.parallel.sight import ALL, Marks, Rule
 from anisora_jax.parallel.ulysses import ulysses
@@ -115,7 +115,12 @@ class Pattern(NamedTuple):
       segments = jnp.zeros(q.shape[:3], jnp.int32)
     heads = P(BATCH, *CLIP, "tensor", None)
     return jax.shard_map(flat, mesh=mesh, in_specs=(heads, heads, heads, P(BATCH)), out_specs=heads,
-                         check_vma=local.typed)(q, k, v, segments)
+                         check_vma=_typed(local, mesh))(q, k, v, segments)
+
+
+def _typed(kernel: Local, mesh: Mesh) -> bool:
+  """Whether types tell what varies over which axes: not that a step works replica by replica, which `vmap` adds."""
+  return kernel.typed and mesh.shape[REPLICA] == 1
 
 
 def _alone(q: Array, k: Array, v: Array, ids: AllIds, kernel: Local) -> Array:
@@ -153,7 +158,7 @@ def to_text(q: Heads, k: Float[Array, "b s a k"], v: Float[Array, "b s a k"], me
   heads, words = P(BATCH, *CLIP, "tensor", None), P(BATCH, None, "tensor", None)
   of_ids = None if ids is None else (P(BATCH, *CLIP), P(BATCH))
   return jax.shard_map(flat, mesh=mesh, in_specs=(heads, words, words, of_ids), out_specs=heads,
-                       check_vma=local.typed)(q, k, v, ids)
+                       check_vma=_typed(local, mesh))(q, k, v, ids)
 
 
 PATTERNS = {  # name in configs -> function

@@ -1,9 +1,9 @@
 """Devices and hosts become one named mesh; host batches become global arrays.
 
-Axes: data (replicas of the weights), fsdp (batch split), clip (frames of a clip split), seq (tokens of a frame split),
-tensor (heads and MLP split). Any may be 1. Weights are split over fsdp, clip and seq together, which is why the same
-devices may be grouped otherwise for another bucket, and no parameter moves: see `view`. This is the only file that asks
-for devices.
+Axes: replica and data (copies of the weights; replicas sum their own gradients first, for slow links between them),
+fsdp (batch split), clip (frames of a clip split), seq (tokens of a frame split), tensor (heads and MLP split). Any may
+be 1. Weights are split over fsdp, clip and seq together, which is why the same devices may be grouped otherwise for
+another bucket, and no parameter moves: see `view`. This is the only file that asks for devices.
 """
 
 import math
@@ -17,8 +17,10 @@ from jax.sharding import PartitionSpec as P
 
 from anisora_jax.errors import BadInput, nearest
 
-AXES = ("data", "fsdp", "clip", "seq", "tensor")
-BATCH = ("data", "fsdp")  # the axes that split a batch
+REPLICA = "replica"
+AXES = (REPLICA, "data", "fsdp", "clip", "seq", "tensor")
+BATCH = ("data", "fsdp")  # the axes that split a replica's part of a batch, and all of it where there is but one
+ROWS = (REPLICA, *BATCH)  # those that split a whole batch
 CLIP = ("clip", "seq")  # those that split the tokens of one clip
 WEIGHTS = ("fsdp", *CLIP)  # those that split weights
 
@@ -61,23 +63,25 @@ def build(sizes: Mapping[str, int] | None = None, count: int | None = None, alon
     return Mesh(split, AXES, axis_types=types)
 
 
-def view(mesh: Mesh, seq: int) -> Mesh:
-  """The same devices in the same order, `seq` of them to the tokens of a frame: what one has less, fsdp has more.
+def view(mesh: Mesh, seq: int = 0, replicas: int = 1) -> Mesh:
+  """The same devices in the same order, grouped otherwise.
 
-  Weights lie as they lay, since fsdp x clip x seq stays, so programs of several views work on the same parameters.
-  Raises BadInput where fsdp x seq does not divide.
+  seq: devices that share the tokens of a frame, 0 for as many as now; what seq has less, fsdp has more. replicas: so
+  many, and data has the rest. Weights lie as they lay, since replica x data and fsdp x clip x seq stay, so programs of
+  several views work on the same parameters. Raises BadInput where fsdp x seq does not divide.
   """
   sizes = dict(mesh.shape)
-  both = sizes["fsdp"] * sizes["seq"]
+  copies, both, seq = sizes[REPLICA] * sizes["data"], sizes["fsdp"] * sizes["seq"], seq or sizes["seq"]
   if both % seq:
     raise BadInput(f"{seq} devices cannot share a clip: mesh fsdp x seq = {both} does not divide by {seq}; choose a "
                    "divisor, or other mesh axes.")
-  shape = [{**sizes, "fsdp": both // seq, "seq": seq}[axis] for axis in AXES]
-  return mesh if seq == sizes["seq"] else Mesh(mesh.devices.reshape(shape), AXES, axis_types=mesh.axis_types)
+  sizes |= {REPLICA: replicas, "data": copies // replicas, "fsdp": both // seq, "seq": seq}
+  return Mesh(mesh.devices.reshape([sizes[axis] for axis in AXES]), AXES, axis_types=mesh.axis_types)
 
 
 def _text(shape: list[int]) -> str:
-  return " x ".join(f"{axis} {size}" for axis, size in zip(AXES, shape, strict=True))
+  return " x ".join(f"{axis} {size}" for axis, size in zip(AXES, shape, strict=True)
+                    if size != 1 or axis not in (REPLICA, "clip"))
 
 
 def describe(mesh: Mesh) -> str:
@@ -97,7 +101,7 @@ def clip_shards(mesh: Mesh) -> int:
 
 def batch_shards(mesh: Mesh) -> int:
   """Into how many parts a batch is split; a global batch is a multiple of it."""
-  return math.prod(mesh.shape[axis] for axis in BATCH)
+  return math.prod(mesh.shape[axis] for axis in ROWS)
 
 
 def leads() -> bool:
@@ -118,8 +122,8 @@ def hosts(mesh: Mesh) -> tuple[int, int]:
 
 
 def to_devices(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-  """Joins every host's share `[b/hosts, ...]` to global arrays `[b, ...]` split over data x fsdp."""
-  split = NamedSharding(mesh, P(BATCH))
+  """Joins every host's share `[b/hosts, ...]` to global arrays `[b, ...]` split over replica x data x fsdp."""
+  split = NamedSharding(mesh, P(ROWS))
   return {name: jax.make_array_from_process_local_data(split, part) for name, part in batch.items()}
 
 

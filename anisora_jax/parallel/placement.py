@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
 from anisora_jax.errors import BadInput
-from anisora_jax.parallel.mesh import BATCH
+from anisora_jax.parallel.mesh import BATCH, REPLICA
 
 Leaf = jax.ShapeDtypeStruct | jax.Array | np.ndarray
 Rules = Sequence[tuple[str, P]]
@@ -75,6 +75,26 @@ def like(state: PyTree, params: PyTree, placed: PyTree, mesh: Mesh) -> PyTree:
     return next((table[end, leaf.shape] for end in ends if (end, leaf.shape) in table), whole)
 
   return jax.tree_util.tree_map_with_path(place, state)
+
+
+def hold_each(tree: PyTree, placed: PyTree) -> PyTree:
+  """Pins arrays [r, ...] that replicas have one each of, every one split as `placed` says."""
+  return jax.tree.map(lambda x, there: hold(x, there.mesh, P(REPLICA, *there.spec)), tree, placed)
+
+
+def viewed(tree: PyTree, mesh: Mesh) -> PyTree:
+  """The same arrays, or shapes, with the placement that they have in another view of their mesh; nothing moves."""
+  def view(x: Leaf) -> Leaf:
+    placed = getattr(x, "sharding", None)
+    if not isinstance(placed, NamedSharding) or placed.mesh == mesh:
+      return x
+    there = NamedSharding(mesh, placed.spec, memory_kind=placed.memory_kind)
+    assert placed.is_equivalent_to(there, x.ndim), (placed, there)
+    if isinstance(x, jax.ShapeDtypeStruct):
+      return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there)
+    return jax.make_array_from_single_device_arrays(x.shape, there, [shard.data for shard in x.addressable_shards])
+
+  return jax.tree.map(view, tree)
 
 
 def hold(x: jax.Array, mesh: Mesh, spec: P) -> jax.Array:

@@ -14,7 +14,7 @@ from anisora_jax.parallel import mesh as meshes
 def through(mesh: Mesh, work: Callable[..., jax.Array], arrays: Mapping[str, np.ndarray]) -> np.ndarray:
   """What `work` makes of this host's arrays `[b, ...]`, row by row.
 
-  b may be any number, the same on every host: rows of zeros fill the batch until it splits over data x fsdp, and
+  b may be any number, the same on every host: rows of zeros fill the batch until it splits as a batch does, and
   leave again. work: takes the arrays by name, as global arrays, and returns one array split in the same way.
   """
   b = len(next(iter(arrays.values())))
@@ -22,4 +22,4 @@ def through(mesh: Mesh, work: Callable[..., jax.Array], arrays: Mapping[str, np.
   spare = -b % (shards // meshes.hosts(mesh)[1]) if shards > 1 else 0  # unsplit, every host has the same rows
   filled = {name: np.pad(x, [(0, spare)] + [(0, 0)] * (x.ndim - 1)) for name, x in arrays.items()}
   made = work(**meshes.to_devices(mesh, filled))
-  return np.asarray(multihost_utils.global_array_to_host_local_array(made, mesh, P(meshes.BATCH)))[:b]
+  return np.asarray(multihost_utils.global_array_to_host_local_array(made, mesh, P(meshes.ROWS)))[:b]

@@ -39,8 +39,9 @@ class Method:
   velocity: (params, x, t, condition, text) -> velocity. drop_text, drop_condition: probability that a sample is trained
   without its caption, or with nothing given. given: the share of their noise time that frames have which are given
   whole: at 0 they are clean and need no loss; above, they are trained like the others. micro_batches: parts of a batch
-  whose gradients are added up. replicas: parts of it whose gradients are added up on the devices of each, as one mesh
-  axis says, before the parts' are. blank: as of Frozen.
+  whose gradients are added up. replicas: parts of it, as many as the mesh axis says, whose gradients are added up on
+  their own devices first; shares: splits these sums, [r, ...], as parameters are, for replicas to send each other
+  shares. blank: as of Frozen.
   """
 
   velocity: Callable[[PyTree, Latents, Times, Condition, Array], Latents]
@@ -54,6 +55,7 @@ class Method:
   seed: int = 0
   micro_batches: int = 1
   replicas: int = 1
+  shares: Callable[[PyTree], PyTree] = lambda grads: grads
   blank: PyTree = 0.0
 
 
@@ -182,7 +184,8 @@ def gradients(method: Method, params: PyTree, batch: Batch, step: Array) -> tupl
   else:
     batch = {name: rearrange(x, "(r b) ... -> r b ...", r=method.replicas) for name, x in batch.items()}
     each = jax.vmap(partial(added, method, params, step=step), spmd_axis_name=meshes.REPLICA)
-    grads, total, count = jax.tree.map(lambda x: x.sum(0), each(batch))
+    grads, *rest = each(batch)
+    grads, total, count = jax.tree.map(lambda x: x.sum(0), (method.shares(grads), *rest))
   count = jnp.maximum(count, 1.0)
   return jax.tree.map(lambda g: g / count, grads), total / count
 
