@@ -20,6 +20,7 @@ from anisora_jax.errors import BadInput, pick
 
 LONGER_SIDE = 448  # pixels of the picture in which lines are sought; letters of 4 % of the height are found
 SURE = .8          # least confidence of a reading; drawn text reads above .9, drawings up to .84
+SHORTEST_LINE = [3, 48, 96]  # channels, rows, columns of a line as it is read; the usual 320 pads eyes at great cost
 RINGS = frozenset("OoCc0QＯ〇○")
 
 Picture = UInt8[np.ndarray, "h w 3"]
@@ -76,8 +77,9 @@ def ppocr() -> Detector:
                      "them, or set config.measure.text_detector = 'none'.")
   engine = rapidocr.RapidOCR(params={
     "Global.use_cls": False, "Global.text_score": 0., "Global.log_level": "critical",
-    "Global.use_vertical_padding": False, "Det.limit_side_len": LONGER_SIDE, "Det.limit_type": "max",
-    "Det.box_thresh": .3, "Det.unclip_ratio": 1.3, "Det.use_dilation": False,
+    "Global.use_vertical_padding": False, "Rec.rec_img_shape": SHORTEST_LINE,
+    "Det.limit_side_len": LONGER_SIDE, "Det.limit_type": "max", "Det.box_thresh": .3, "Det.unclip_ratio": 1.3,
+    "Det.use_dilation": False,
     **{f"{part}.model_path": str(path) for part, path in weights.items()},
     "EngineConfig.onnxruntime.intra_op_num_threads": 1, "EngineConfig.onnxruntime.inter_op_num_threads": 1})
 
