@@ -315,6 +315,17 @@ def test_wrong_configs_are_one_line_and_leave_nothing(case, records, tmp_path, c
   assert not (tmp_path / "run" / "config.json").exists()
 
 
+def test_a_field_that_an_older_run_has_not_saved_is_named_when_it_is_wanted(tmp_path):
+  fields = json.loads(tiny.get_config().to_json_best_effort())
+  del fields["text"], fields["model"]["adapters"]
+  (tmp_path / "config.json").write_text(json.dumps(fields))
+  saved = runs.saved_config(tmp_path)
+  assert saved.model.size == "tiny"
+  for name, read in {"text": lambda: saved.text, "adapters": lambda: saved.model.adapters}.items():
+    with pytest.raises(BadInput, match=f"no field '{name}', so an older version wrote it"):
+      read()
+
+
 REQUESTS = {
   "a keyframe out of range": (dict(keyframes={9: "a.png"}), "take 0 .. 4"),
   "a loop with an end": (dict(first="a.png", last="a.png", loop=True), "loop needs"),

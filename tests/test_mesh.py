@@ -5,6 +5,7 @@ from collections import Counter
 from dataclasses import replace
 from functools import partial
 from itertools import product
+from types import SimpleNamespace
 
 import flax.linen as nn
 import jax
@@ -265,9 +266,20 @@ def test_host_batches_become_global_arrays_split_over_data_and_fsdp():
     assert (np.asarray(x) == batch[name]).all() and x.sharding.shard_shape(x.shape)[0] == 2
 
 
+def test_weights_stay_within_a_slice_of_tpus():
+  """Two slices, whose devices come mixed: their replicas are whole, and fsdp over both is refused."""
+  there = [SimpleNamespace(id=n, slice_index=n % 2, platform="cpu", device_kind="pod", process_index=0)
+           for n in range(8)]
+  for shape in ((2, 1, 4, 1, 1, 1), (1, 2, 1, 1, 4, 1), (2, 2, 2, 1, 1, 1)):
+    rows = mesh.over_slices(shape, there).reshape(2, 4)
+    assert [{device.slice_index for device in row} for row in rows] == [{0}, {1}]
+  with pytest.raises(BadInput, match=r"over 2 slices of TPUs, .* make replica x data a multiple of 2"):
+    mesh.over_slices((1, 1, 8, 1, 1, 1), there)
+
+
 @pytest.mark.parametrize(("sizes", "count", "words"), [
   ({"date": 2}, None, "no mesh axis is named 'date': did you mean 'data'?"),
-  ({"data": 3, "seq": 2}, None, "mesh data 3 x fsdp 1 x clip 1 x seq 2 x tensor 1 needs 6 devices and there are 8"),
+  ({"data": 3, "seq": 2}, None, "mesh data 3 x fsdp 1 x seq 2 x tensor 1 needs 6 devices and there are 8"),
   ({"data": 3, "seq": -1}, None, "needs 6 devices and there are 8"),
   ({"data": 2}, 4, "needs 2 devices and there are 4"),
   ({"data": -1, "seq": -1}, None, "at most one is -1"),
@@ -281,7 +293,7 @@ def test_impossible_meshes_are_refused_in_one_line(sizes, count, words):
 
 def test_a_mesh_takes_what_is_left_and_describes_itself():
   built = mesh.build({"data": 2, "fsdp": -1})
-  assert mesh.describe(built) == "data 2 x fsdp 4 x clip 1 x seq 1 x tensor 1 on 8 cpu devices"
+  assert mesh.describe(built) == "data 2 x fsdp 4 x seq 1 x tensor 1 on 8 cpu devices"
   assert mesh.batch_shards(mesh.build({"data": 2, "fsdp": 2, "seq": 2})) == 4
   assert mesh.build().size == 1
 

@@ -2,10 +2,26 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from anisora_jax.errors import BadInput
+
+
+class Older(BadInput, AttributeError):
+  """A saved config lacks a field that was added since."""
+
+
+class Saved(ConfigDict):
+  """The config of a run. Reading a field that it lacks raises Older."""
+
+  def __getattr__(self, name: str) -> Any:
+    try:
+      return super().__getattr__(name)
+    except AttributeError as error:
+      raise Older(f"the run's config.json has no field {name!r}, so an older version wrote it: use that, or add "
+                  "the field with its value in configs/base.py.") from error
 
 
 def saved_config(folder: Path) -> ConfigDict:
@@ -13,4 +29,5 @@ def saved_config(folder: Path) -> ConfigDict:
   path = folder / "config.json"
   if not path.is_file():
     raise BadInput(f"{folder} holds no run, it has no config.json: give the --workdir of a training run.")
-  return ConfigDict(json.loads(path.read_text()))
+  fields = json.loads(path.read_text())
+  return Saved({name: Saved(value) if isinstance(value, dict) else value for name, value in fields.items()})

@@ -208,7 +208,7 @@ def _step(velocity: Callable, solver: Solver, scale: float, params: PyTree, row:
 
 def _of(config: ConfigDict, count: int | None) -> Parts:
   """The parts of a config for sampling: one film at a time, whose tokens are what is worth splitting."""
-  config.mesh = ConfigDict({"seq": -1})
+  config.mesh = {"seq": -1}
   config.data.buckets = ",".join(str(replace(bucket, seq=0)) for bucket in parse(config.data.buckets))
   pick(SOLVERS, config.sample.solver, "solver")
   return assemble(config, count)

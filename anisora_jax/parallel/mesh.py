@@ -56,11 +56,28 @@ def build(sizes: Mapping[str, int] | None = None, count: int | None = None, alon
     raise BadInput(f"mesh {_text(shape)} needs {math.prod(shape)} devices and there are {len(devices)}: "
                    f"choose sizes whose product is {len(devices)}, or set one to -1.")
   types = (AxisType.Auto,) * len(AXES)
+  if len({getattr(device, "slice_index", 0) for device in devices}) > 1:
+    return Mesh(over_slices(shape, devices), AXES, axis_types=types)
   try:
     return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
   except NotImplementedError:  # a torus of TPUs, no side or product of sides of which is as long as an axis
     split = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return Mesh(split, AXES, axis_types=types)
+
+
+def over_slices(shape: Sequence[int], devices: Sequence) -> np.ndarray:
+  """Devices of several slices of TPUs, of which each holds whole replicas: slow links join slices.
+
+  Raises BadInput where weights would be split over slices.
+  """
+  slices = len({device.slice_index for device in devices})
+  if shape[0] * shape[1] % slices:
+    raise BadInput(f"mesh {_text(shape)} would split weights over {slices} slices of TPUs, which slow links join: make "
+                   f"replica x data a multiple of {slices}.")
+  replicas = math.gcd(shape[0], slices)
+  across = [replicas, slices // replicas, *[1] * len(shape[2:])]
+  within = [size // over for size, over in zip(shape, across, strict=True)]
+  return mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
 
 
 def view(mesh: Mesh, seq: int = 0, replicas: int = 1) -> Mesh:
@@ -79,7 +96,7 @@ def view(mesh: Mesh, seq: int = 0, replicas: int = 1) -> Mesh:
   return Mesh(mesh.devices.reshape([sizes[axis] for axis in AXES]), AXES, axis_types=mesh.axis_types)
 
 
-def _text(shape: list[int]) -> str:
+def _text(shape: Sequence[int]) -> str:
   return " x ".join(f"{axis} {size}" for axis, size in zip(AXES, shape, strict=True)
                     if size != 1 or axis not in (REPLICA, "clip"))
 
