@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 import toons
-from curation import child, pipeline, run, settings, sources
+from curation import child, pipeline, report, run, settings, sources
 
 from anisora_jax.errors import BadInput
 from anisora_jax.loaders import buckets, mixture, records, video
@@ -274,6 +274,23 @@ def test_the_report_runs_nothing_and_plays_what_lies_beside_it(survived):
   for link in page.links:
     if link.endswith(".mp4"):
       assert len(video.frames(out / link, [0])) == 1
+
+
+def test_every_word_of_the_report_is_escaped():
+  """Each text is a tag of its own name: one that is not escaped would be read as a tag."""
+  def evil(name):
+    return f"</p><evil-{name} onclick='a'>\"'"
+  sample = report.Sample(evil("id"), evil("caption"), "a.mp4", "a.jpg", [evil("tag")], [evil("more")], evil("reason"),
+                         evil("detail"))
+  line = report.curve.Line(evil("line"), [0., 1.], [1., 2.])
+  made = report.Report(evil("title"), {evil("fact"): evil("value")}, [report.Step(evil("stage"), evil("unit"), 2, 1, {
+    evil("why"): 1})], [report.Histogram(evil("measure"), [1.], [2.], [1.5])], [sample], [sample],
+    {evil("table"): [[evil("head"), "b"], [evil("cell"), evil("words")]]}, {evil("chart"): ([line], evil("note"))})
+  page, text = _Page(), report.render(made)
+  page.feed(text)
+  assert not any(tag.startswith("evil") for tag in page.tags) and not any(a.startswith("on") for a in page.attributes)
+  names = ["id", "caption", "tag", "more", "reason", "detail", "line", "title", "fact", "value", "stage", "unit", "why", "measure", "table", "head", "cell", "words", "chart", "note"]
+  assert all(f"evil-{name}" in " ".join(page.words) for name in names)
 
 
 def test_a_film_that_takes_too_long_is_turned_away_once_and_tried_again_when_asked(films, tmp_path):
