@@ -39,6 +39,8 @@ lint: .venv/test
 
 bench: .venv/test
 	$(BIN)/python bench/step.py
+	$(BIN)/python bench/attention.py
+	$(BIN)/python bench/attention.py --ring
 	$(BIN)/python bench/loader.py
 	$(BIN)/python bench/checkpoint.py
 	$(BIN)/python bench/vae.py

@@ -20,7 +20,7 @@ DRY_RUN = flags.DEFINE_bool(
   "dry_run", False, "Print mesh, parameters, memory, FLOPs and collectives of a step, and stop.")
 TARGET = flags.DEFINE_string(
   "target", "", "Of a dry run: devices that are not here, as h200:8, v5p:2x2x4 or v6e:4x4, to compile for.")
-
+ESTIMATE = flags.DEFINE_bool("estimate", False, "Dry run without compiling: memory by formulas, at once.")
 STOPPED_STATUS = flags.DEFINE_integer(
   "stopped_status", 0, "Exit status of a run that a signal stopped, for schedulers that start again what did not end.",
   lower_bound=0, upper_bound=125)
@@ -28,10 +28,10 @@ STOPPED_STATUS = flags.DEFINE_integer(
 
 def main() -> None:
   """Reads the flags and calls the assembly."""
-  if TARGET.value and not DRY_RUN.value:
+  if TARGET.value and not (DRY_RUN.value or ESTIMATE.value):
     raise BadInput(f"--target {TARGET.value} names devices that are not here: add --dry_run, or leave it out.")
-  if DRY_RUN.value:
-    train.dry_run(entry.config(), target=TARGET.value)
+  if DRY_RUN.value or ESTIMATE.value:
+    train.dry_run(entry.config(), target=TARGET.value, compiled=not ESTIMATE.value)
   elif train.train(entry.config(), Path(entry.needed("workdir", "out/run"))):
     sys.exit(STOPPED_STATUS.value)
 

@@ -65,11 +65,13 @@ def account(row: Row) -> str:
   config.mesh.fsdp, config.mesh.seq = row.sizes
   made = parts.assemble(config, devices=targets.devices(row.target))
   start = time.perf_counter()
+  formula = train.estimated(made, config, made.buckets[0]).total
   kept, worked, host, sent, hidden = train.account(made, config, made.buckets[0])
+  apart = formula / (kept + worked) - 1
   flops, took = made.work(made.buckets[0])[1], time.perf_counter() - start
   sends = traffic.describe(sent, hidden) if sent else "unknown"
-  return (f"aot      {row.name}: {(kept + worked) / 2**30:.1f} GiB a device ({kept / 2**30:.1f} state and batch), "
-          f"{host / 2**30:.1f} of its host's, fits "
+  return (f"aot      {row.name}: {(kept + worked) / 2**30:.1f} GiB a device ({kept / 2**30:.1f} state and batch; "
+          f"{formula / 2**30:.1f} by formula, {apart:+.1%}), {host / 2**30:.1f} of its host's, fits "
           f"{targets.verdict(row.target, kept + worked)}; {flops:.3g} FLOPs, {flops / made.mesh.size:.3g} a device; "
           f"sends {sends}; compiled in {took:.0f} s")
 

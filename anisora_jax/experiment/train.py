@@ -31,9 +31,11 @@ from anisora_jax.experiment.parts import (
   to_devices,
 )
 from anisora_jax.loaders.buckets import Bucket
+from anisora_jax.models.attention import PATTERNS
 from anisora_jax.parallel import mesh as meshes
 from anisora_jax.parallel import offload, placement, processes, targets, traffic
 from anisora_jax.parallel.traffic import Sent
+from anisora_jax.planning import memory
 from anisora_jax.training import loop, optimizer, report, state, step
 from anisora_jax.training.stop import Stop
 
@@ -252,31 +254,58 @@ def account(parts: Parts, config: ConfigDict, bucket: Bucket) -> Account:
   run = compiled_step(there, chain, config, abstract)
   given = (placement.viewed(abstract, there.mesh), abstract_batch(there, bucket),
            placement.viewed(abstract_frozen(parts, config), there.mesh))
-  lowered, aside = run.lower(*given), sum(map(offload.held, jax.tree.leaves(abstract)))
+  lowered, aside, most = run.lower(*given), 0, 0
+  if parts.offload:  # all may be on the device while parameters change; by then nothing is kept of the forward pass
+    aside = sum(targets.held(x) for x in jax.tree.leaves((abstract.opt, abstract.ema)) if x.ndim)
+    most = aside + sum(map(targets.held, jax.tree.leaves(abstract.params)))
   try:
-    program = lowered.compile()
+    program = lowered.compile(targets.options(parts.mesh))
   except jax.errors.JaxRuntimeError as error:
     kept = sum(targets.held(leaf) for leaf in jax.tree.leaves(given)) - aside
     return Account(kept, targets.wanted(error, kept), aside, None)
   text = program.as_text()
-  return Account(*targets.memory(program, parts.mesh, aside), traffic.sent(text), traffic.hidden(text))
+  return Account(*targets.memory(program, parts.mesh, aside, most), traffic.sent(text), traffic.hidden(text))
 
 
-def dry_run(config: ConfigDict, say: Callable[[str], None] = print, target: str = "") -> None:
-  """Says what a run would take, from the compiled step, and starts nothing.
+def estimated(parts: Parts, config: ConfigDict, bucket: Bucket) -> memory.Estimate:
+  """What the training step of a bucket takes by formulas; nothing is compiled."""
+  chain, _ = optimizer.build(parts.optimizer, abstract_trained(parts))
+  abstract, _ = training_state(parts, chain)
+  mesh, (f, n), network = parts.of(bucket).mesh, parts.frame_tokens(bucket), parts.network
+  tensor, size = mesh.shape["tensor"], parts.size
+  clips = bucket.batch // meshes.batch_shards(mesh) // parts.method.micro_batches
+  own = -(-f // mesh.shape["clip"]) * -(-n // mesh.shape["seq"])
+  _, together = PATTERNS[network.pattern].split(mesh, size.heads)
+  work = memory.Work(size, clips * own, own * together, jnp.dtype(network.dtype).itemsize, network.remat,
+                     network.kernel, mesh.devices.flat[0].platform, tensor, parts.method.micro_batches,
+                     whole=parts.lora is None)
+  return memory.estimate(work, abstract, abstract_batch(parts, bucket), abstract_frozen(parts, config), parts.offload)
 
-  target: as "h200:8" or "v5p:2x2x4", devices to compile for that are not here; by default those that are.
+
+def dry_run(config: ConfigDict, say: Callable[[str], None] = print, target: str = "", compiled: bool = True) -> None:
+  """Says what a run would take, from formulas and the compiled step, and starts nothing.
+
+  target: as "h200:8" or "v5p:2x2x4", devices to compile for that are not here; by default those that are. compiled:
+  or from formulas alone, at once.
   """
   parts = assemble(config, devices=targets.devices(target) if target else None)
   say(f"mesh        {meshes.describe(parts.of(parts.buckets[0]).mesh)}" + (f", {target}" if target else ""))
   say(f"network     {parameters(parts)}")
   for bucket in parts.buckets:
     (f, n), (tokens, flops) = parts.frame_tokens(bucket), parts.work(bucket)
+    what = (f"bucket      {bucket}: {f} frames x {n} tokens x {bucket.batch} clips = {tokens:,} tokens a step, "
+            f"{flops:.3g} model FLOPs a step, {flops / parts.mesh.size:.3g} a device")
+    formula = estimated(parts, config, bucket)
+    if not compiled:
+      say(what)
+      say(f"estimate    {memory.describe(formula)}")
+      if target:
+        say(f"fits        {targets.verdict(target, round(formula.total))}")
+      continue
     kept, worked, host, sent, hidden = account(parts, config, bucket)
-    say(f"bucket      {bucket}: {f} frames x {n} tokens x {bucket.batch} clips = {tokens:,} tokens a step, "
-        f"{flops:.3g} model FLOPs a step, {flops / parts.mesh.size:.3g} a device; memory of a device "
-        f"{(kept + worked) / 2**20:.1f} MiB: {kept / 2**20:.1f} state and batch, {worked / 2**20:.1f} at work"
-        + (f"; {host / 2**20:.1f} MiB of its host's" if host else ""))
+    say(f"{what}; memory of a device {(kept + worked) / 2**20:.1f} MiB: {kept / 2**20:.1f} state and batch, "
+        f"{worked / 2**20:.1f} at work" + (f"; {host / 2**20:.1f} MiB of its host's" if host else ""))
+    say(f"estimate    {memory.describe(formula)}")
     if target:
       say(f"fits        {targets.verdict(target, kept + worked)}")
     if sent is not None:

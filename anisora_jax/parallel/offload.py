@@ -3,8 +3,6 @@
 The memory is pinned: devices read and write it by themselves, while they work on something else.
 """
 
-import math
-
 import jax
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
@@ -36,11 +34,6 @@ def on_host(shapes: PyTree, placed: PyTree) -> PyTree:
 
 def lives_there(placed: NamedSharding) -> bool:
   return placed.memory_kind == HOST
-
-
-def held(leaf: jax.ShapeDtypeStruct) -> int:
-  """Bytes of an array that one device has on its host."""
-  return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize if lives_there(leaf.sharding) else 0
 
 
 def on_device(tree: PyTree) -> PyTree:

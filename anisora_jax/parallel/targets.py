@@ -131,25 +131,33 @@ def _gpus(count: int) -> list[jax.Device]:
   return topologies.get_topology_desc(platform="cuda", target_config=H200, topology=f"1x1x{count}").devices
 
 
+def options(mesh: Mesh) -> dict[str, bool]:
+  """Of the compiler. Without the card it tries nothing out, and may choose a Triton kernel that then does not compile
+
+  (jaxlib 0.10.2: "Couldn't find output tile sizes"); cuBLAS takes about as much memory.
+  """
+  away = mesh.devices.flat[0].platform == "gpu" != jax.default_backend()
+  return {"xla_gpu_enable_triton_gemm": False} if away else {}
+
+
 def held(leaf: jax.ShapeDtypeStruct) -> int:
   """Bytes of an array on one device."""
   shape = leaf.sharding.shard_shape(leaf.shape) if getattr(leaf, "sharding", None) else leaf.shape
   return math.prod(shape) * np.dtype(leaf.dtype).itemsize
 
 
-def memory(program: jax.stages.Compiled, mesh: Mesh, aside: int = 0) -> tuple[int, int, int]:
+def memory(program: jax.stages.Compiled, mesh: Mesh, aside: int = 0, most: int = 0) -> tuple[int, int, int]:
   """(bytes of a device that a program's arguments take, that it takes beside them at most, bytes of its host).
 
-  aside: bytes of arguments that live on the host.
+  aside: bytes of arguments that live on the host; most: that the program may take at once to work on them.
   """
   told = program.memory_analysis()
   kept, worked, host = told.argument_size_in_bytes, told.temp_size_in_bytes, told.host_temp_size_in_bytes
   if mesh.devices.flat[0].platform == "tpu":  # there, temp counts memory twice that is used one after the other
     worked = told.peak_memory_in_bytes - host - told.host_argument_size_in_bytes - kept
   elif not told.host_argument_size_in_bytes:
-    # A CPU counts its host's memory as a device's, and so does the compiler for a card that is not here. All that lives
-    # on the host may be on the device at once while parameters change; by then nothing is kept of the forward pass.
-    kept, worked = kept - aside, max(worked, aside)
+    # A CPU counts its host's memory as a device's, and a card that is not here cannot be told of a host.
+    kept, worked = kept - aside, max(worked, most)
   return kept, worked, host + aside
 
 
