@@ -156,10 +156,11 @@ def test_borders_are_found_within_two_pixels(tmp_path, name):
 
 
 def dark(seed: int, height: int, width: int) -> np.ndarray:
-  """A night: a black sky over hills that are just visible, and a lamp."""
-  rng = np.random.default_rng(seed)
-  hills = height * (.55 + .1 * np.sin(np.arange(width) / 40 + seed) + .05 * np.sin(np.arange(width) / 9))
-  night = np.where(np.arange(height)[:, None] > hills, 26, 1).astype(np.uint8)
+  """A night: a strip of hills that are just visible between a black sky and black ground, and a lamp."""
+  rng, across = np.random.default_rng(seed), np.arange(width)
+  waves = .1 * np.sin(across / 40 + seed) + .05 * np.sin(across / 9)
+  rows = np.arange(height)[:, None] / height
+  night = np.where((rows > .25 + waves) & (rows < .75 - waves), 40, 1).astype(np.uint8)
   night = np.stack([night // 2, night // 2, night], -1) + rng.integers(0, 2, (height, width, 1), dtype=np.uint8)
   cv2.circle(night, (width // 3 + 4 * seed, height // 2), 12, (200, 190, 140), -1)
   return night

@@ -20,7 +20,7 @@ from curation.items import Film, Rejected, Shot
 AREA = 72 * 128    # pixels of the small pictures: cuts, motion and stills are seen as well as in large ones
 CELL = 6           # pixels of the small picture: a still has no cell of this size that changes by ...
 CHANGE = 6.        # ... more than so many grey levels on average
-LOOK = .5          # seconds between the frames in which borders are looked for
+LOOK = 1.          # seconds between the frames in which borders are looked for
 GUARD = .1         # seconds left out beside fades and dissolves, whose ends can be off by a few frames
 REASONS = {
   "too_short": "shorter than `shortest`, as it is or after stills were taken off",
