@@ -97,23 +97,20 @@ def quickly():
 def run(folder, steps, **changes):
   """Trains in this process; returns what was said and measured."""
   lines = []
-  made = config(train__steps=steps, train__report=1, train__checkpoint=2, train__held_out=2, train__held_out_batches=1,
-                optimizer__warmup=1, mesh__fsdp=2, mesh__seq=4, **changes)
+  made = config(train__steps=steps, train__report=1, train__checkpoint=0, train__held_out=0, optimizer__warmup=1,
+                mesh__fsdp=2, mesh__seq=4, **changes)
   train.train(made, folder, lines.append)
   return lines, [json.loads(line) for line in (folder / "measures.jsonl").read_text().splitlines()]
 
 
-def test_a_run_of_clips_that_share_rows_learns_and_goes_on_where_it_stopped(quickly, encoded, tmp_path):
+def test_a_run_of_clips_that_share_rows_trains_on_batches_of_the_budget(quickly, encoded, tmp_path):
   changes = {"data__records": str(encoded), "data__encoded": True, "data__packed": 3, "data__buckets": "9x16x24",
              "data__tokens": 5 * 9 * 24, "text__name": "words"}
-  lines, rows = run(tmp_path / "whole", 4, **changes)
+  lines, rows = run(tmp_path / "run", 2, **changes)
   assert any("bucket 9x16x24:1: batches of 4 clips of 216 tokens, 864 of the 1,080" in line for line in lines)
-  losses = [(row["loss"], row["records"]) for row in rows if "loss" in row]
-  assert len(losses) == 4 and all(np.isfinite(loss) and loss > 0 for loss, _ in losses)
-  assert all(np.isfinite(row["held_out"]) for row in rows if "held_out" in row)
-  run(tmp_path / "parted", 2, **changes)
-  _, rows = run(tmp_path / "parted", 4, **changes)
-  assert [(row["loss"], row["records"]) for row in rows if "loss" in row] == losses
+  losses = [row["loss"] for row in rows if "loss" in row]
+  assert len(losses) == 2 and np.isfinite(losses).all() and min(losses) > 0
+  assert len({row["records"] for row in rows if "loss" in row}) == 2
 
 
 def test_the_step_of_packed_rows_is_the_one_that_is_accounted_for(encoded):
