@@ -78,7 +78,7 @@ def _candidates(vectors: Float[np.ndarray, "n d"], longest: int) -> list[tuple[f
   norms, spreads = np.diag(products), spread(vectors)
   pixels = vectors.reshape(len(vectors), -1, 3)
   shapes = (pixels - pixels.mean(1, keepdims=True)).reshape(vectors.shape) / np.maximum(spreads, 1.)[:, None]
-  found = []
+  likes, found = shapes @ shapes.T / vectors.shape[1], []
   for length in range(3, min(longest, len(vectors) - 1) + 1):
     a = np.arange(len(vectors) - length)
     b, between = a + length, a[:, None] + np.arange(1, length)
@@ -88,11 +88,10 @@ def _candidates(vectors: Float[np.ndarray, "n d"], longest: int) -> list[tuple[f
     off = norms[between] + norms[a][:, None] - 2 * products[between, a[:, None]] - share * along
     cost = np.sqrt(np.maximum(off, 0) / apart[:, None]).max(1) + np.abs(share - np.arange(1, length) / length).max(1)
     even = np.diff(share, axis=1, prepend=0., append=1.).max(1) < STEP
-    likes = np.einsum("nd,nd->n", shapes[a], shapes[b]) / vectors.shape[1]
     low, high = np.minimum(spreads[a], spreads[b]), np.maximum(spreads[a], spreads[b])
     fades = (cost < FADE_COST) & (low < FLAT) & (high > DRAWN)
     wide = np.sqrt(apart / vectors.shape[1]) > APART
-    dissolves = (cost < COST) & even & wide & (likes < ALIKE) & (low >= FLAT) & (length > 3)
+    dissolves = (cost < COST) & even & wide & (likes[a, b] < ALIKE) & (low >= FLAT) & (length > 3)
     # A longer fit that is little worse leaves less to be guessed.
     found += [(float(cost[n]) - LONGER * length, int(n), int(n) + length) for n in np.flatnonzero(fades | dissolves)]
   return sorted(found)
