@@ -53,7 +53,7 @@ def define_flags() -> None:
 
 def main(given: flags.FlagValues) -> None:
   """Reads the config into the settings of the stages and runs them."""
-  logging.getLogger().setLevel(logging.ERROR)  # Beam talks of its own affairs
+  logging.disable(logging.ERROR)  # Beam talks of its own affairs, and what fails is raised anyway
   try:
     from curation import pipeline, run, settings
   except ModuleNotFoundError as missing:

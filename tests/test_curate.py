@@ -289,7 +289,8 @@ def test_every_word_of_the_report_is_escaped():
   page, text = _Page(), report.render(made)
   page.feed(text)
   assert not any(tag.startswith("evil") for tag in page.tags) and not any(a.startswith("on") for a in page.attributes)
-  names = ["id", "caption", "tag", "more", "reason", "detail", "line", "title", "fact", "value", "stage", "unit", "why", "measure", "table", "head", "cell", "words", "chart", "note"]
+  names = ["id", "caption", "tag", "more", "reason", "detail", "line", "title", "fact", "value", "stage", "unit", "why",
+           "measure", "table", "head", "cell", "words", "chart", "note"]
   assert all(f"evil-{name}" in " ".join(page.words) for name in names)
 
 

@@ -1,67 +1,30 @@
 """What the report shows: samples drawn from what was kept and what was not, their previews, and the numbers."""
 
-import io
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-
-from anisora_jax.loaders import records, video
-from curation import budget, frames, keep, pipeline, report
+from anisora_jax.loaders import records
+from curation import budget, keep, pipeline, previews, report
 from curation.child import Child, Lost
 from curation.items import Candidate, Film, Rejected, Source
 from curation.pipeline import Runner, Work
+from curation.previews import Preview
 from curation.select import Selection
 from curation.settings import Settings
 from curation.store import Store, digest, land
 
 FOLDER = "report"
-RATE, CRF = 15, 28  # of previews: frames a second at most, quality
 ROWS = 40           # of a table at most
 FIRST = ("motion_per_second", "camera", "sharpness", "aesthetic", "tags")  # measures that are shown at once
 
 
-@dataclass(frozen=True)
-class Preview:
-  """A few seconds of a film to play. name: of the files, without suffix."""
-  film: Film
-  start: int
-  stop: int
-  box: tuple[int, int, int, int]
-  settings: report.Settings
-
-  @property
-  def name(self) -> str:
-    stop = min(self.stop, self.start + max(1, round(self.settings.seconds * self.film.fps)))
-    return digest(self.film.sha, self.film.fps, self.start, stop, self.box, self.settings.rows)[:24]
-
-
-def render(preview: Preview, folder: Path) -> None:
-  """Writes NAME.jpg and NAME.mp4. Raises video.Unreadable."""
-  film, rows = preview.film, min(preview.settings.rows, preview.film.height) // 2 * 2
-  scale, every = rows / film.height, max(1, math.ceil(film.fps / RATE - 1e-6))
-  top, left, height, width = preview.box
-  size = video.Size(max(2, round(height * scale) // 2 * 2), max(2, round(width * scale) // 2 * 2))
-  stop = min(preview.stop, preview.start + max(1, round(preview.settings.seconds * film.fps)))
-  corner = round(top * scale), round(left * scale)
-  shown = [video.fit(picture[corner[0]:corner[0] + size.height, corner[1]:corner[1] + size.width], size)
-           for number, picture in frames.paced(film, preview.start, stop, rows)
-           if (number - preview.start) % every == 0]
-  poster = io.BytesIO()
-  Image.fromarray(shown[len(shown) // 2]).save(poster, "JPEG", quality=85)
-  land(folder / f"{preview.name}.jpg", poster.getvalue())
-  land(folder / f"{preview.name}.mp4", video.encode(np.stack(shown), film.fps / every, CRF))
-
-
 def rendered(child: Child, preview: Preview, folder: Path) -> Iterator[None]:
-  """Beam's wrapper of `render`; a preview that cannot be made is left out."""
+  """Beam's wrapper of `previews.render`; a preview that cannot be made is left out."""
   if not (folder / f"{preview.name}.mp4").is_file():
     try:
-      child.call(render, preview, folder)
+      child.call(previews.render, preview, folder)
     except Lost:
       return
   yield from ()
@@ -74,18 +37,18 @@ def write(out: Path, found: Sequence[Source], selection: Selection, made: tuple,
   kept = sorted(entries, key=lambda entry: digest(entry.candidate.shot.id))[:settings.report.kept]
   measured = {candidate.shot.id: candidate for candidate in selection.measured}
   lost = _lots([item for item in selection.rejected if item.what != item.film], settings.report.rejected)
-  previews = {entry.candidate.shot.id: _preview(entry.film, entry.candidate, settings) for entry in kept}
+  shown = {entry.candidate.shot.id: _preview(entry.film, entry.candidate, settings) for entry in kept}
   for item in lost:
-    previews[item.what] = _preview(selection.films[item.film], measured.get(item.what) or item, settings)
+    shown[item.what] = _preview(selection.films[item.film], measured.get(item.what) or item, settings)
   work = Work(rendered, (out / FOLDER,), settings.film.limits)
-  pipeline.each("previews", list(previews.values()), work, store.folder, runner)
-  names = {preview.name for preview in previews.values()}
+  pipeline.each("previews", list(shown.values()), work, store.folder, runner)
+  names = {preview.name for preview in shown.values()}
   for path in (out / FOLDER).glob("*"):
     if path.stem not in names:
       path.unlink()
 
   def sample(name: str, caption: str = "", licence: str = "", why: Rejected | None = None) -> report.Sample:
-    file = f"{FOLDER}/{previews[name].name}"
+    file = f"{FOLDER}/{shown[name].name}"
     there = (out / f"{file}.mp4").is_file()
     tags, more = _tags(measured[name], licence) if name in measured else ([], [])
     return report.Sample(name, caption, f"{file}.mp4" if there else "", f"{file}.jpg" if there else "", tags, more,
