@@ -169,7 +169,8 @@ def test_memory_grows_with_the_length_and_shrinks_with_the_devices(monkeypatch):
   def memory(seq, n, rule=ALL):
     array = jax.ShapeDtypeStruct((1, 4, n, 2, 8), jnp.float32)
     step = jax.jit(lambda *arrays: attend("ring", on(1, seq), "blockwise", arrays, None, rule)).lower(*[array] * 4)
-    return step.compile({"xla_cpu_enable_concurrency_optimized_scheduler": False}).memory_analysis().temp_size_in_bytes
+    options = {**QUICK, "xla_cpu_enable_concurrency_optimized_scheduler": False}
+    return step.compile(options).memory_analysis().temp_size_in_bytes
 
   base = memory(4, 2048)
   found = {"longer": memory(4, 4096) / base, "longest": memory(4, 8192) / base, "more": memory(8, 4096) / base,
