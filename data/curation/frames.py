@@ -33,6 +33,10 @@ _AREA = Interpolation.AREA | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
 MARGINS = (0., 10.)  # seconds before the wanted frame at which decoding starts, tried in turn; then from the first
 
 
+# What reading a damaged file raises; IndexError is PyAV's, where a stream turns up that the file did not announce.
+DAMAGE = (av.error.FFmpegError, OSError, IndexError)
+
+
 class Refused(video.Unreadable):
   """A file that is no film to us. reason: a word of probe.REASONS."""
 
@@ -79,6 +83,8 @@ def opened(path: Path, threads: int = 1) -> Iterator:
       if not streams:
         raise Refused("no_video", "no video stream" + (", only sound" if container.streams.audio else ""))
       stream = streams[0]
+      if stream.codec_context is None:
+        raise Refused("undecodable", "pictures in an encoding that FFmpeg does not know")
       stream.codec_context.options = {"max_pixels": str(LARGEST)}
       stream.codec_context.thread_count = threads
       stream.thread_type = "AUTO" if threads != 1 else "NONE"
@@ -104,8 +110,9 @@ def decoded(stream) -> Iterator[av.VideoFrame]:
           raise video.Unreadable(f"damaged at picture {count}")
         yield picture
         count += 1
-  except (av.error.FFmpegError, OSError) as error:
-    raise video.Unreadable(f"damaged after picture {count} ({error.strerror})") from error
+  except DAMAGE as error:
+    why = getattr(error, "strerror", None) or str(error)
+    raise video.Unreadable(f"damaged after picture {count} ({why})") from error
   if not count:
     raise video.Unreadable("no picture can be decoded")
 
@@ -134,7 +141,7 @@ def _from(film: Film, start: int) -> Iterator[tuple[float, av.VideoFrame]]:
           stream.container.seek(zero + round((start / film.fps - margin) / stream.time_base), stream=stream)
           numbered = _numbered(film, stream, decoded(stream), zero)
           first = next(numbered)
-        except (av.error.FFmpegError, video.Unreadable):
+        except (*DAMAGE, video.Unreadable):
           continue
         if first[0] < start + .5:
           yield first

@@ -113,7 +113,7 @@ def _stamps(stream) -> tuple[list[float | None], bool]:
       backward = packet.dts is not None and before is not None and packet.dts < before
       before = packet.dts if packet.dts is not None else before
       stamps.append(None if packet.pts is None or backward else float(packet.pts * stream.time_base))
-  except (frames.av.error.FFmpegError, OSError):
+  except frames.DAMAGE:
     return stamps, False
   return stamps, count >= stream.frames
 
