@@ -347,7 +347,8 @@ def test_wrong_input_is_told_in_one_line(films, tmp_path, words, said):
   (lambda folder: config(report__rows=1), "report.rows is 1: allowed are 16 to 1080"),
   (lambda folder: pipeline.Runner(workers=0), "--workers is 0: at least one"),
   (lambda folder: pipeline.Runner("Flunk"), "--runner Flunk"),
-  (lambda folder: pipeline.Runner(options="'"), "--beam_options ' cannot be read"),
+  (lambda folder: pipeline.Runner("no.such.Runner"), r"--runner no\.such\.Runner cannot be used"),
+  (lambda folder: pipeline.Runner(options="'"), "--beam_options ' cannot be used"),
   (lambda folder: sources.find(str(folder), folder / "out"), "no films in .*: 0 files are there, none ends in ")])
 def test_wrong_settings_are_told_in_one_line(tmp_path, made, said):
   with pytest.raises(BadInput, match=said) as mistake:

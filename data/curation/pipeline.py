@@ -35,12 +35,12 @@ class Runner:
   def __post_init__(self):
     if self.workers < 1:
       raise BadInput(f"--workers is {self.workers}: at least one process must do the work.")
-    try:
-      shlex.split(self.options)
-      runners.create_runner(self.name)
-    except ValueError as error:
-      where = f"--beam_options {self.options}" if "runner" not in str(error) else f"--runner {self.name}"
-      raise BadInput(f"{where} cannot be read ({' '.join(str(error).split())[:200]}).") from error
+    for flag, given, read in (("beam_options", self.options, shlex.split), ("runner", self.name, runners.create_runner)):
+      try:
+        read(given)
+      except (ValueError, ImportError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise BadInput(f"--{flag} {given} cannot be used ({why}); see https://beam.apache.org.") from error
 
   def beam_options(self) -> PipelineOptions:
     local = [f"--direct_num_workers={self.workers}",
