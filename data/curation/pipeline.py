@@ -35,7 +35,8 @@ class Runner:
   def __post_init__(self):
     if self.workers < 1:
       raise BadInput(f"--workers is {self.workers}: at least one process must do the work.")
-    for flag, given, read in (("beam_options", self.options, shlex.split), ("runner", self.name, runners.create_runner)):
+    known = ("beam_options", self.options, shlex.split), ("runner", self.name, runners.create_runner)
+    for flag, given, read in known:
       try:
         read(given)
       except (ValueError, ImportError) as error:
