@@ -264,14 +264,6 @@ def test_the_best_copy_is_kept():
         (name, "deduplicate", "copy", f"of {winner}/000000") for name in names if name != f"{winner}/000000"}
 
 
-def test_films_of_the_same_bytes_are_taken_once():
-  films = [_film("b", sha="1"), _film("a", sha="1"), _film("c", sha="2")]
-  for order in itertools.permutations(films):
-    kept, rejected = duplicates.exact(order)
-    assert [film.name for film in kept] == ["a", "c"]
-    assert [(r.what, r.reason, r.detail) for r in rejected] == [("b", "same_bytes", "as a")]
-
-
 @pytest.mark.parametrize("seed", range(5))
 def test_films_that_share_a_copy_fall_on_one_side(seed):
   rng = random.Random(seed)

@@ -20,6 +20,8 @@ from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any
 
+import cv2
+
 from anisora_jax.errors import BadInput
 
 DATA = Path(__file__).resolve().parents[1]
@@ -106,6 +108,7 @@ def serve(line: Connection, seconds: float, gigabytes: float) -> None:
   """The child's side: does one call after another until the parent is gone."""
   if gigabytes:
     resource.setrlimit(resource.RLIMIT_AS, (int(gigabytes * 2**30),) * 2)
+  cv2.setNumThreads(1)  # films are read side by side already
   calls: queue.SimpleQueue = queue.SimpleQueue()
 
   def listen() -> None:

@@ -250,17 +250,6 @@ def keep_best(candidates: Iterable[Candidate], copies: Iterable[tuple[str, str]]
                 for name in sorted(winners)]
 
 
-def exact(films: Iterable[Film]) -> tuple[list[Film], list[Rejected]]:
-  """The films without those whose bytes came before under a name earlier in order, and those turned away."""
-  kept: dict[str, Film] = {}
-  rejected = []
-  for film in sorted(films, key=lambda film: film.name):
-    first = kept.setdefault(film.sha, film)
-    if first is not film:
-      rejected.append(Rejected(film.name, film.name, "probe", "same_bytes", f"as {first.name}"))
-  return list(kept.values()), rejected
-
-
 def split(clips: Mapping[str, int], copies: Iterable[tuple[str, str]], share: float
           ) -> dict[str, list[tuple[str, range]]]:
   """Gives every film to train or held_out as data/pack.py does, films that share a copy to the same one.
