@@ -30,7 +30,7 @@ quickstart: .venv/base
 	$(BIN)/python launch/quickstart.py --out $(OUT)
 
 test: .venv/test
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/test
 	$(BIN)/ruff check .

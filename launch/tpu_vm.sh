@@ -23,7 +23,8 @@ trap 'rm -f "$tree"' EXIT
 git ls-files -z --cached --others --exclude-standard | tar --null --files-from=- --create --gzip --file="$tree"
 gcloud compute tpus tpu-vm scp "$tree" "$TPU:anisora.tar.gz" --zone="$ZONE" --worker=all
 
-words=(--config "$CONFIG" --config.data.records=/mnt/anisora/records --workdir /mnt/anisora/run "$@")
+words=(--config "$CONFIG" --config.model.kernel=splash --config.data.records=/mnt/anisora/records
+  --workdir /mnt/anisora/run "$@")
 remote all "set -eu
 mkdir -p anisora && cd anisora
 if [ -e train.pid ] && kill -0 \"\$(cat train.pid)\" 2>/dev/null; then exit; fi

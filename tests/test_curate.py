@@ -383,3 +383,12 @@ def test_the_loader_makes_batches_of_what_came_out(curated, place):
   batches = mixture.Batches([mixture.Source(place.format(curated))], [bucket], fps=12, threads=0)
   batch = next(batches)
   assert batch["frames"].shape == (2, 9, 16, 24, 3) and all(caption for caption in batch["caption"])
+
+
+def test_the_records_train(curated, tmp_path):
+  words = [sys.executable, "-m", "anisora_jax.train", "--config=configs/tiny.py", f"--config.data.records={curated}",
+           "--config.data.buckets=5x16x24@8", "--config.train.steps=2", "--config.train.held_out=0",
+           "--config.optimizer.warmup=1", f"--workdir={tmp_path / 'run'}"]
+  there = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+  done = subprocess.run(words, cwd=ROOT, env=there, capture_output=True, text=True)
+  assert done.returncode == 0 and "trained 2 steps" in done.stdout, done.stderr[-2000:]

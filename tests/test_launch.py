@@ -17,6 +17,7 @@ from quick import QUICK
 
 from anisora_jax import train
 from anisora_jax.checkpoints.workdir import flatten
+from anisora_jax.models.kernels import LOCAL
 from configs import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -156,6 +157,7 @@ def test_tpu_vm_starts_every_worker_once_and_goes_on_with_the_same_command(tmp_p
     calls = (homes / worker / "called").read_text().splitlines()
     (words,) = [line.split() for line in calls if "anisora_jax.train" in line]  # the second start found it alive
     assert understood(words)["workdir"] == "/mnt/anisora/run" and understood(words)["config.train.steps"] == "7"
+    assert LOCAL[understood(words)["config.model.kernel"]].platform == "tpu"
     assert (homes / worker / "anisora" / "train.log").read_text().split() == ["step", "saved"]
   assert not list(tmp_path.glob("tmp.*"))  # the tree that was sent
 
@@ -215,6 +217,7 @@ def test_the_manifest_is_a_jobset_that_goes_on_when_it_was_stopped():
   assert job["completions"] == job["parallelism"] == x * y * z // container["resources"]["limits"]["google.com/tpu"]
   # A pod that was stopped or preempted fails its job, and the set starts again as often as that happens.
   said = understood([*container["command"], *container["args"]])
+  assert LOCAL[said["config.model.kernel"]].platform == "tpu"
   assert {"action": "FailJob", "onExitCodes": {"containerName": container["name"], "operator": "In", "values": [
     int(said["stopped_status"])]}} in job["podFailurePolicy"]["rules"]
   assert {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]} in (

@@ -91,6 +91,20 @@ def test_a_film_from_published_files_is_that_of_diffusers_pipeline(made, downloa
   assert np.abs(films - 255 * pipe(**call, output_type="np").frames[0]).max() < 1
 
 
+def test_a_film_whose_frames_are_split_is_that_of_one_device(download):
+  """Frames see near ones and a few of all, and only these are sent."""
+  near = dict(model__mask="window:1+globals:2", model__attention="local_global", sample__steps=2)
+  films, noise = np.zeros((1, FRAMES, HEIGHT, WIDTH, 3), np.uint8), np.random.default_rng(1)
+  noise = jnp.asarray(noise.normal(size=(1, 3, HEIGHT // 8, WIDTH // 8, 6)), jnp.float32)
+  made = {}
+  for count in (1, 2):
+    there = opened(download, count=count, **near)
+    assert there.parts.mesh.shape["clip"] == count
+    made[count] = np.asarray(there.latents(films, films[..., 0] > 0, ["a cat"], noise))
+  assert apart(made[2], made[1]) < 1e-5
+  assert apart(made[1], opened(download, sample__steps=2).latents(films, films[..., 0] > 0, ["a cat"], noise)) > 1e-3
+
+
 def test_one_expert_at_a_time_is_on_the_devices_and_comes_back_as_it_was(made, download):
   high = jax.tree.map(np.asarray, made.rack.get(0))
   on_device = jax.tree.leaves(made.rack.get(0))

@@ -244,13 +244,12 @@ def loader(parts: Parts, config: ConfigDict, split: str, buckets: tuple[Bucket, 
   """The pipeline of a split, this host's share of it, or the whole of it on every host."""
   if not config.data.records:
     raise BadInput("no records to read: give --config.data.records=FOLDER, made by data/pack.py from films.")
-  buckets = buckets or parts.buckets
-  for bucket in buckets:
-    meshes.hosts(parts.of(bucket).mesh)
+  buckets, shard = buckets or parts.buckets, (0, 1)
+  for bucket in () if whole else buckets:
+    shard = meshes.hosts(parts.of(bucket).mesh)  # the same for all, or refused
   deal = Deal(buckets, config.data.assign, parts.packed, parts.codec.temporal)
   made = mixture.Batches(config.data.records, deal, split=split, fps=config.data.fps,
-                         seed=config.seed, shard=(0, 1) if whole else meshes.hosts(parts.mesh),
-                         threads=config.data.threads)
+                         seed=config.seed, shard=shard, threads=config.data.threads)
   if made.encoded != parts.encoded:
     raise BadInput(f"{config.data.records} holds {'latents' if made.encoded else 'clips'} and data.encoded is "
                    f"{parts.encoded}: " + ("set --config.data.encoded=True." if made.encoded else

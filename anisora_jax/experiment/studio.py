@@ -21,6 +21,7 @@ from anisora_jax.experiment import encoders, origin, weights
 from anisora_jax.experiment.parts import Parts, abstract_params, abstract_trained, assemble
 from anisora_jax.experiment.runs import saved_config
 from anisora_jax.loaders.buckets import parse
+from anisora_jax.models.attention import PATTERNS
 from anisora_jax.models.codec import Codec
 from anisora_jax.models.wan import image
 from anisora_jax.parallel import mesh as meshes
@@ -208,7 +209,8 @@ def _step(velocity: Callable, solver: Solver, scale: float, params: PyTree, row:
 
 def _of(config: ConfigDict, count: int | None) -> Parts:
   """The parts of a config for sampling: one film at a time, whose tokens are what is worth splitting."""
-  config.mesh = {"seq": -1}
+  nearby = pick(PATTERNS, config.model.attention, "attention pattern").nearby
+  config.mesh = {"clip" if nearby else "seq": -1}
   config.data.buckets = ",".join(str(replace(bucket, seq=0)) for bucket in parse(config.data.buckets))
   pick(SOLVERS, config.sample.solver, "solver")
   return assemble(config, count)
