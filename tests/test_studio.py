@@ -92,17 +92,18 @@ def test_a_film_from_published_files_is_that_of_diffusers_pipeline(made, downloa
 
 
 def test_a_film_whose_frames_are_split_is_that_of_one_device(download):
-  """Frames see near ones and a few of all, and only these are sent."""
-  near = dict(model__mask="window:1+globals:2", model__attention="local_global", sample__steps=2)
-  films, noise = np.zeros((1, FRAMES, HEIGHT, WIDTH, 3), np.uint8), np.random.default_rng(1)
+  """The first and last of three latent frames do not see each other."""
+  near = dict(model__mask="window:1", model__attention="local_global", sample__steps=2)
+  hidden = np.zeros((1, FRAMES, HEIGHT, WIDTH, 3), np.uint8), np.zeros((1, FRAMES, HEIGHT // 8, WIDTH // 8), bool)
+  noise = np.random.default_rng(1)
   noise = jnp.asarray(noise.normal(size=(1, 3, HEIGHT // 8, WIDTH // 8, 6)), jnp.float32)
   made = {}
   for count in (1, 2):
     there = opened(download, count=count, **near)
     assert there.parts.mesh.shape["clip"] == count
-    made[count] = np.asarray(there.latents(films, films[..., 0] > 0, ["a cat"], noise))
+    made[count] = np.asarray(there.latents(*hidden, ["a cat"], noise))
   assert apart(made[2], made[1]) < 1e-5
-  assert apart(made[1], opened(download, sample__steps=2).latents(films, films[..., 0] > 0, ["a cat"], noise)) > 1e-3
+  assert apart(made[1], opened(download, sample__steps=2).latents(*hidden, ["a cat"], noise)) > 1e-3
 
 
 def test_one_expert_at_a_time_is_on_the_devices_and_comes_back_as_it_was(made, download):
