@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -314,6 +315,14 @@ def test_wrong_configs_are_one_line_and_leave_nothing(case, records, tmp_path, c
   lines = capsys.readouterr().err.splitlines()
   assert status == 2 and len(lines) == 1 and lines[0].startswith("error: ") and said in lines[0], lines
   assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_what_a_clip_shared_by_devices_takes_is_estimated(records):
+  said = []
+  for buckets_ in ("5x16x24@8", "5x16x24@1/8"):
+    train.dry_run(settings(records, data__buckets=buckets_), said.append, compiled=False)
+  whole, shared = (float(re.search(r"estimate +([\d.]+) MiB", line)[1]) for line in said if "estimate" in line)
+  assert shared < whole
 
 
 def test_a_field_that_an_older_run_has_not_saved_is_named_when_it_is_wanted(tmp_path):

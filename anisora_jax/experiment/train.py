@@ -271,7 +271,8 @@ def estimated(parts: Parts, config: ConfigDict, bucket: Bucket) -> memory.Estima
   """What the training step of a bucket takes by formulas; nothing is compiled."""
   chain, _ = optimizer.build(parts.optimizer, abstract_trained(parts))
   abstract, _ = training_state(parts, chain)
-  mesh, (f, n), network = parts.of(bucket).mesh, parts.frame_tokens(bucket), parts.network
+  there, (f, n), network = parts.of(bucket), parts.frame_tokens(bucket), parts.network
+  mesh = there.mesh
   tensor, size = mesh.shape["tensor"], parts.size
   clips = bucket.batch // meshes.batch_shards(mesh) // parts.method.micro_batches
   own = -(-f // mesh.shape["clip"]) * -(-n // mesh.shape["seq"])
@@ -279,7 +280,7 @@ def estimated(parts: Parts, config: ConfigDict, bucket: Bucket) -> memory.Estima
   work = memory.Work(size, clips * own, own * together, jnp.dtype(network.dtype).itemsize, network.remat,
                      network.kernel, mesh.devices.flat[0].platform, tensor, parts.method.micro_batches,
                      whole=parts.lora is None)
-  return memory.estimate(work, abstract, abstract_batch(parts, bucket), abstract_frozen(parts, config), parts.offload)
+  return memory.estimate(work, abstract, abstract_batch(there, bucket), abstract_frozen(parts, config), parts.offload)
 
 
 def dry_run(config: ConfigDict, say: Callable[[str], None] = print, target: str = "", compiled: bool = True) -> None:
