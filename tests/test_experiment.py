@@ -292,6 +292,7 @@ WRONG = {  # a config's wrong fields -> what the line must say
   "full attention over shards": (dict(mesh__fsdp=4, mesh__seq=2, model__attention="full"), "use 'ring'"),
   "a batch that does not divide": (dict(data__buckets="9x32x48@4"), "take a multiple"),
   "a bucket that is no size": (dict(data__buckets="9x32@16"), "FRAMESxHEIGHTxWIDTH@BATCH"),
+  "two buckets of one size": (dict(data__buckets="9x32x48@16,9x32x48@8/2"), "keep one of them"),
   "a bucket without a batch or a budget": (dict(data__buckets="9x32x48"), "give --config.data.tokens"),
   "pixels that do not fit the codec": (dict(data__buckets="9x33x48@16"), "multiples of 2"),
   "latents that do not fit patches": (dict(data__buckets="9x34x48@16"), "multiples of 4"),

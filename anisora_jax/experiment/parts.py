@@ -124,7 +124,11 @@ def assemble(config: ConfigDict, count: int | None = None, devices: Sequence[jax
                 encoded=config.data.encoded, packed=config.data.packed, offload=config.optimizer.offload)
   if parts.packed:
     _check_packed(parts)
-  for bucket in parts.buckets:
+  shapes = [parts.latent_shape(bucket) for bucket in parts.buckets]
+  for bucket, shape in zip(parts.buckets, shapes, strict=True):
+    if shapes.count(shape) > 1:  # a batch is known by its shape
+      raise BadInput(f"bucket {bucket} has the latents of another bucket, {' x '.join(map(str, shape))}: keep one of "
+                     "them, with both their weights.")
     there = parts.of(bucket)
     attention.check(config.model.attention, config.model.kernel, there.mesh, size.heads, config.model.dtype,
                     _hides(there, bucket))

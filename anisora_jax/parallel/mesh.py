@@ -129,12 +129,12 @@ def leads() -> bool:
 def hosts(mesh: Mesh) -> tuple[int, int]:
   """(number of this host, count of hosts): which share of every batch it loads.
 
-  Raises BadInput where seq or tensor reach over hosts: two hosts would have to read the same clips.
+  Raises BadInput where clip, seq or tensor reach over hosts: two hosts would have to read the same clips.
   """
   shards, taking = mesh.devices.reshape(batch_shards(mesh), -1), {device.process_index for device in mesh.devices.flat}
   if any(len({device.process_index for device in shard}) > 1 for shard in shards):
-    raise BadInput(f"mesh {describe(mesh)}: seq x tensor reach over hosts; make data x fsdp a multiple of the "
-                   f"{len(taking)} hosts.")
+    raise BadInput(f"mesh {describe(mesh)}: clip x seq x tensor reach over hosts; make replica x data x fsdp a "
+                   f"multiple of the {len(taking)} hosts.")
   return sorted(taking).index(jax.process_index()), len(taking)
 
 

@@ -1,6 +1,6 @@
 """A chosen shot as a clip: cropped, scaled, encoded so that it decodes alone, with the tracked character if known.
 
-Clips wait in OUT/work/clips/KEY under a hash of all that decides their pixels; another choice of shots encodes only
+Clips wait in the store's clips/KEY under a hash of all that decides their pixels; another choice of shots encodes only
 those that are new.
 """
 

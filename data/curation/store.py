@@ -1,4 +1,4 @@
-"""What is known of each film so far, on disk: OUT/work/STAGE/KEY.json, a file a film and stage.
+"""What is known of each film so far, on disk: STAGE/KEY.json in the folder "work" of OUT, a file a film and stage.
 
 Each file names what it was made from, by a hash of the settings and results before it, so that a run goes on where
 another stopped, and another setting redoes what depends on it and nothing else. Files are moved into place whole: a
