@@ -4,11 +4,12 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3; do $$p -c '' 2>/dev/nu
 BIN := .venv/bin
 OUT ?= out/quickstart
 
-.PHONY: help quickstart test lint bench aot clean
+.PHONY: help quickstart test proof lint bench aot clean
 
 help:
 	@echo "make quickstart   draw cartoons, train a tiny model on 8 simulated devices, sample it; films in $(OUT)"
 	@echo "make test         all tests, on 8 simulated CPU devices"
+	@echo "make proof        every scheme x kernel x mask x split x length of attention: 20 minutes on two free cores"
 	@echo "make lint         ruff, and ShellCheck on the shell scripts"
 	@echo "make bench        speed against diffusers, bare decoding and no checkpoints"
 	@echo "make aot          what a 14B training step takes of 8 H200 or of TPUs, compiled without any of them; slow"
@@ -31,6 +32,9 @@ quickstart: .venv/base
 
 test: .venv/test
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+proof: .venv/test
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m product tests/test_product.py
 
 lint: .venv/test
 	$(BIN)/ruff check .

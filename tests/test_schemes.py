@@ -13,64 +13,31 @@ from compare import apart
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from overtake import overtaking
-from plain import inner, operations, sends, softmax
+from plain import inner, operations, sends
 from quick import QUICK
+from schemes import HEADS, SEEN, WIDTH, assert_softmax, attend, case, on
 
 from anisora_jax.errors import BadInput
 from anisora_jax.models import attention, kernels, splash
-from anisora_jax.models.attention import LOCAL, PATTERNS
+from anisora_jax.models.attention import LOCAL
 from anisora_jax.models.wan.dit import WanDiT
 from anisora_jax.models.wan.placement import RULES
 from anisora_jax.models.wan.sizes import Size
 from anisora_jax.parallel import mesh, placement, traffic
 from anisora_jax.parallel.sight import ALL, Rule, sees
 
-HEADS = {"ring": 3, "ring_both": 3, "ulysses": 8, "hybrid": 6}
+SHARED = ("ring", "ring_both", "ulysses", "hybrid")
 TOGETHER = {"ulysses": {2: 2, 4: 4, 8: 8}, "hybrid": {2: 2, 4: 2, 8: 2}}  # so many devices exchange heads
 # Of two devices a ring goes one way, and the hybrid is Ulysses: see below.
-TOKENS_SPLIT = [(pattern, 1, seq) for seq in (2, 4, 8) for pattern in HEADS
+TOKENS_SPLIT = [(pattern, 1, seq) for seq in (2, 4, 8) for pattern in SHARED
                 if seq > 2 or pattern in ("ring", "ulysses")]
 FRAMES_SPLIT = [("ring", 2, 1), ("ulysses", 2, 1), ("ring", 4, 1), ("ring_both", 2, 2), ("ulysses", 2, 2),
                 ("hybrid", 4, 1), ("ring", 4, 2), ("ring_both", 8, 1), ("ulysses", 2, 4), ("hybrid", 4, 2)]
 SPLITS = TOKENS_SPLIT + FRAMES_SPLIT
-FRAMES, WIDTH = 4, 4
-SEEN = {  # which frames each frame sees
-  ALL: "1111 1111 1111 1111",
-  Rule(causal=True): "1000 1100 1110 1111",
-  Rule(window=1): "1100 1110 0111 0011",
-  Rule(window=0, stride=3): "1001 1101 1011 1001",
-  Rule(causal=True, window=1): "1000 1100 0110 0011",
-}
-
-
-def on(clip: int, seq: int):
-  return mesh.build({"clip": clip, "seq": seq}, count=clip * seq)
-
-
-def seen(rule: Rule, frames: int) -> np.ndarray:
-  """[f, f]; what pads a film is hidden by its ids."""
-  table = np.ones((frames, frames), bool)
-  table[:FRAMES, :FRAMES] = np.array([list(row) for row in SEEN[rule].split()]) == "1"
-  return table
-
-
-@cache
-def case(heads: int, clip: int, padded: int, lengths: tuple[int, ...], rule: Rule | None):
-  """((q, k, v, do), ids, rule, what is true): of each length a clip that is only padded, and one packed of segments.
-
-  rule: None for clips in which all see all.
-  """
-  f, draw = FRAMES + -FRAMES % clip, np.random.default_rng(padded)
-  ids = np.full((2 * len(lengths), f, padded), -1, np.int32)
-  for at, length in enumerate(lengths):
-    ids[2 * at, :FRAMES, :length], ids[2 * at + 1, :FRAMES, :length] = 0, draw.integers(0, 3, (FRAMES, length))
-  ids = np.zeros_like(ids) if rule is None else ids
-  arrays = tuple(draw.normal(size=(*ids.shape, heads, WIDTH)).astype(np.float32) for _ in range(4))
-  return arrays, None if rule is None else ids, rule or ALL, softmax(*arrays, ids, seen(rule or ALL, f))
 
 
 def cases(pattern: str, clip: int, seq: int, kernel: str) -> list:
-  """Frames and their tokens are padded as the network pads them; last comes a clip that divides, without any mask.
+  """Last comes a clip that divides, without any mask.
 
   Rules are dealt out, so that all come with every scheme and kernel, with padding and segments.
   """
@@ -82,29 +49,12 @@ def cases(pattern: str, clip: int, seq: int, kernel: str) -> list:
 
 
 def test_every_rule_comes_with_every_scheme_and_kernel():
-  for pattern in HEADS:
+  for pattern in SHARED:
     for kernel, splits in (("dense", TOKENS_SPLIT), ("blockwise", FRAMES_SPLIT)):
       dealt = {rule for name, *split in splits if name == pattern for _, _, rule, _ in cases(name, *split, kernel)}
       assert dealt == set(SEEN), (pattern, kernel)
   assert {(clip, seq) for _, clip, seq in SPLITS} == {(clip, seq) for clip in (1, 2, 4, 8) for seq in (1, 2, 4, 8)
                                                      if 1 < clip * seq <= 8}
-
-
-def attend(pattern: str, there, kernel: str, arrays, ids, rule: Rule = ALL):
-  """(attention, its gradients), which like those of a network wait until attention is done."""
-  *arrays, do = arrays
-  o, back = jax.vjp(lambda *parts: PATTERNS[pattern](*parts, ids, there, kernel, rule), *arrays)
-  return o, *back(jnp.where(jnp.isnan(o), jnp.nan, do).astype(do.dtype))
-
-
-def one_after_another(pattern, there, kernel, given):
-  """No case may start before the last one is done: on simulated devices its collectives could overtake."""
-  made, known = [], 0.0
-  for arrays, ids, rule in given:
-    arrays = [jnp.where(jnp.isnan(known), jnp.nan, x) for x in arrays]
-    made.append(attend(pattern, there, kernel, arrays, ids, rule))
-    known = sum(x.sum() for x in made[-1])
-  return made
 
 
 def ways(pattern: str, shards: int) -> int:
@@ -122,21 +72,12 @@ def test_every_scheme_is_one_softmax_and_has_its_collectives(pattern, clip, seq,
   monkeypatch.setattr(splash, "INTERPRET", True)
   monkeypatch.setattr(attention, "STRAIGHT", ())  # as on accelerators; here nothing else is sent beside the loop
   chosen = [case(3, 1, 36, (33,), ALL)] if kernel == "splash" else cases(pattern, clip, seq, kernel)
-  there, given = on(clip, seq), [(arrays, ids, rule) for arrays, ids, rule, _ in chosen]
-  split, whole = NamedSharding(there, P(None, "clip", "seq")), NamedSharding(there, P())
-  placed = [((split,) * 4, None if ids is None else whole, rule) for _, ids, rule in given]
-  run = jax.jit(partial(one_after_another, pattern, there, kernel), in_shardings=(placed,), out_shardings=split)
-  compiled = run.lower(given).compile(QUICK)
-  for made, (*_, true) in zip(compiled(jax.device_put(given, placed)), chosen, strict=True):
-    for got, want, most in zip(made, true, (1e-5, 1e-4, 1e-4, 1e-4), strict=True):
-      assert apart(np.reshape(got, want.shape), want) < most
-
-  hlo, shards = compiled.as_text(), clip * seq
+  hlo, shards = assert_softmax(pattern, on(clip, seq), kernel, chosen), clip * seq
   together = TOGETHER.get(pattern, {}).get(shards, 1)
   counts = Counter({kind: one.count for kind, one in traffic.sent(hlo).items()})
-  assert counts["all-to-all"] == (8 * len(given) if together > 1 else 0)
+  assert counts["all-to-all"] == (8 * len(chosen) if together > 1 else 0)
   hops = 2 * ways(pattern, shards) * (shards // together - 1)  # of keys and values, one round
-  assert counts["collective-permute"] == 3 * hops * len(given)  # XLA sees that both passes begin with the same hop
+  assert counts["collective-permute"] == 3 * hops * len(chosen)  # XLA sees that both passes begin with the same hop
   assert set(counts) <= {"all-to-all", "collective-permute", "all-reduce"}  # the sums of `one_after_another`
   assert overtaking(hlo) == []
 

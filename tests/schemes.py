@@ -1,0 +1,85 @@
+"""Attention as devices share it, and what is true of it: how the tests of schemes make and compare it."""
+
+from collections.abc import Sequence
+from functools import lru_cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from compare import apart
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from plain import softmax
+from quick import QUICK
+
+from anisora_jax.models.attention import PATTERNS
+from anisora_jax.parallel import mesh
+from anisora_jax.parallel.sight import ALL, Rule
+
+# ulysses: of 8 devices each needs a head; hybrid, local_global: of 4 and 8, two exchange and the others ring.
+HEADS = {"full": 3, "ring": 3, "ring_both": 3, "ulysses": 8, "hybrid": 6, "local_global": 2}
+FRAMES, WIDTH = 5, 4
+SEEN = {  # which frames each frame sees
+  ALL: "11111 11111 11111 11111 11111",
+  Rule(causal=True): "10000 11000 11100 11110 11111",
+  Rule(window=1): "11000 11100 01110 00111 00011",
+  Rule(window=1, stride=3): "11010 11110 11110 10111 10011",
+  Rule(causal=True, window=1): "10000 11000 01100 00110 00011",
+  Rule(causal=True, window=1, stride=3): "10000 11000 11100 10110 10011",
+}
+
+
+def on(clip: int, seq: int) -> Mesh:
+  return mesh.build({"clip": clip, "seq": seq}, count=clip * seq)
+
+
+def seen(rule: Rule, frames: int) -> np.ndarray:
+  """[f, f]; what pads a film is hidden by its ids."""
+  table = np.ones((frames, frames), bool)
+  table[:FRAMES, :FRAMES] = np.array([list(row) for row in SEEN[rule].split()]) == "1"
+  return table
+
+
+@lru_cache(maxsize=64)
+def case(heads: int, clip: int, padded: int, lengths: tuple[int, ...], rule: Rule | None):
+  """((q, k, v, do), ids, rule, what is true): of each length a clip that is only padded, and one packed of segments.
+
+  Frames and their tokens are padded as the network pads them. rule: None for clips in which all see all, what pads too.
+  """
+  f, draw = FRAMES + -FRAMES % clip, np.random.default_rng(padded)
+  ids = np.full((2 * len(lengths), f, padded), -1, np.int32)
+  for at, length in enumerate(lengths):
+    ids[2 * at, :FRAMES, :length], ids[2 * at + 1, :FRAMES, :length] = 0, draw.integers(0, 3, (FRAMES, length))
+  ids = np.zeros_like(ids) if rule is None else ids
+  arrays = tuple(draw.normal(size=(*ids.shape, heads, WIDTH)).astype(np.float32) for _ in range(4))
+  return arrays, None if rule is None else ids, rule or ALL, softmax(*arrays, ids, seen(rule or ALL, f))
+
+
+def attend(pattern: str, there: Mesh, kernel: str, arrays, ids, rule: Rule = ALL):
+  """(attention, its gradients), which like those of a network wait until attention is done."""
+  *arrays, do = arrays
+  o, back = jax.vjp(lambda *parts: PATTERNS[pattern](*parts, ids, there, kernel, rule), *arrays)
+  return o, *back(jnp.where(jnp.isnan(o), jnp.nan, do).astype(do.dtype))
+
+
+def _one_after_another(pattern, there, kernel, given):
+  """No case may start before the last one is done: on simulated devices its collectives could overtake."""
+  made, known = [], 0.0
+  for arrays, ids, rule in given:
+    arrays = [jnp.where(jnp.isnan(known), jnp.nan, x) for x in arrays]
+    made.append(attend(pattern, there, kernel, arrays, ids, rule))
+    known = sum(x.sum() for x in made[-1])
+  return made
+
+
+def assert_softmax(pattern: str, there: Mesh, kernel: str, cases: Sequence) -> str:
+  """Values and gradients of all cases, in one program; its compiled text."""
+  given = [(arrays, ids, rule) for arrays, ids, rule, _ in cases]
+  split, whole = NamedSharding(there, P(None, "clip", "seq")), NamedSharding(there, P())
+  placed = [((split,) * 4, None if ids is None else whole, rule) for _, ids, rule in given]
+  run = jax.jit(partial(_one_after_another, pattern, there, kernel), in_shardings=(placed,), out_shardings=split)
+  compiled = run.lower(given).compile(QUICK)
+  for made, (_, ids, rule, true) in zip(compiled(jax.device_put(given, placed)), cases, strict=True):
+    for name, got, want in zip(("o", "dq", "dk", "dv"), made, true, strict=True):
+      assert apart(np.reshape(got, want.shape), want) < (1e-5 if name == "o" else 1e-4), (name, got.shape, ids, rule)
+  return compiled.as_text()

@@ -1,0 +1,95 @@
+"""Every attention scheme x kernel x mask x split of up to 8 devices x length of a frame is one softmax: `make proof`.
+
+`make test` runs a sample. What is left out is what `attention.check` refuses, and nothing else is.
+"""
+
+from itertools import product
+
+import pytest
+from overtake import overtaking
+from schemes import HEADS, SEEN, assert_softmax, case, on
+
+from anisora_jax.errors import BadInput
+from anisora_jax.models import attention, kernels, splash
+from anisora_jax.models.attention import LOCAL, PATTERNS
+from anisora_jax.parallel.sight import Rule
+
+MASKS = {  # "nothing" is hidden; all others also hide padding and other segments
+  "nothing": None, "segments": Rule(), "causal": Rule(causal=True), "window": Rule(window=1),
+  "window+globals": Rule(window=1, stride=3), "causal+window": Rule(causal=True, window=1),
+  "causal+window+globals": Rule(causal=True, window=1, stride=3)}
+LENGTHS = (30, 32, 33, 57)  # tokens of a frame, before they are padded
+SPLITS = [(clip, seq) for clip, seq in product((1, 2, 4, 8), repeat=2) if clip * seq <= 8]
+# Pallas's kernel for TPUs runs interpreted; one of a GPU's library cannot run here.
+KERNELS = [name for name, local in LOCAL.items() if local.block and local.platform != "gpu"]
+ALL = list(product(PATTERNS, SPLITS, MASKS, KERNELS))  # kernels last, as they share what is true
+
+
+def lack(pattern: str, split: tuple[int, int], mask: str, kernel: str) -> str:
+  """Why a combination is left out, as `attention.check` says it, or nothing."""
+  if pattern == "full" and split != (1, 1):
+    return "pattern 'full' needs mesh axes clip x seq = 1"
+  if pattern == "local_global" and "window" not in mask:
+    return "pattern 'local_global' needs a window of frames"
+  if kernel == "splash" and mask not in ("nothing", "segments"):
+    return "kernel 'splash' hides no frames from each other"
+  return ""
+
+
+def named(part) -> str:
+  """A part of a test's name."""
+  return "x".join(map(str, part)) if isinstance(part, tuple) else str(part)
+
+
+@pytest.fixture(autouse=True)
+def _as_on_accelerators(monkeypatch):
+  """Rings are loops, beside which nothing is sent here. Tiles are small, so that there are many."""
+  monkeypatch.setitem(kernels.SIDE, "cpu", 20)
+  monkeypatch.setattr(splash, "INTERPRET", True)
+  monkeypatch.setitem(LOCAL, "splash", LOCAL["splash"]._replace(platform=None))
+  monkeypatch.setattr(attention, "STRAIGHT", ())
+
+
+def assert_exact(pattern: str, split: tuple[int, int], mask: str, kernel: str, lengths: tuple[int, ...]) -> None:
+  """Values and gradients, of clips of each length that are padded, and packed of segments.
+
+  Lengths that are padded to the same one are clips of one batch. Where nothing is hidden, what pads is tokens.
+  """
+  groups = {}
+  for length in lengths:
+    groups.setdefault(length + -length % split[1], []).append(length)
+  cases = [case(HEADS[pattern], split[0], padded, tuple(group), MASKS[mask]) for padded, group in groups.items()]
+  assert overtaking(assert_softmax(pattern, on(*split), kernel, cases)) == []
+
+
+@pytest.mark.product
+@pytest.mark.parametrize(("pattern", "split", "mask", "kernel"), [run for run in ALL if not lack(*run)], ids=named)
+def test_all_are_one_softmax(pattern, split, mask, kernel):
+  assert_exact(pattern, split, mask, kernel, LENGTHS)
+
+
+@pytest.mark.parametrize(("pattern", "split", "mask", "kernel", "length"), [
+  ("full", (1, 1), "nothing", "dense", 33), ("ring", (1, 2), "segments", "splash", 57),
+  ("ring_both", (1, 4), "causal", "blockwise", 30), ("ulysses", (2, 1), "window", "dense", 33),
+  ("local_global", (2, 2), "window+globals", "blockwise", 30), ("hybrid", (4, 1), "causal+window", "dense", 33),
+  ("local_global", (8, 1), "causal+window+globals", "dense", 32)], ids=named)
+def test_some_of_all_are_one_softmax(pattern, split, mask, kernel, length):
+  assert_exact(pattern, split, mask, kernel, (length,))
+
+
+def test_what_is_left_out_is_refused_and_nothing_else():
+  assert set(PATTERNS) == set(HEADS) and {rule for rule in MASKS.values() if rule is not None} == set(SEEN)
+  for pattern, split, mask, kernel in ALL:
+    said = ""
+    try:
+      attention.check(pattern, kernel, on(*split), HEADS[pattern], "float32", MASKS[mask])
+    except BadInput as mistake:
+      said = str(mistake)
+    expected = lack(pattern, split, mask, kernel)
+    assert said.startswith(expected) and bool(said) == bool(expected), (pattern, split, mask, kernel, said)
+
+
+@pytest.mark.parametrize("kernel", sorted(set(LOCAL) - set(KERNELS)))
+def test_a_kernel_that_is_left_out_cannot_run_here(kernel):
+  with pytest.raises(BadInput, match="needs a GPU, here is a cpu"):
+    attention.check("ring", kernel, on(1, 2), 4, "bfloat16")
