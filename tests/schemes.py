@@ -22,9 +22,9 @@ FRAMES, WIDTH = 5, 4
 SEEN = {  # which frames each frame sees
   ALL: "11111 11111 11111 11111 11111",
   Rule(causal=True): "10000 11000 11100 11110 11111",
-  Rule(window=1): "11000 11100 01110 00111 00011",
+  Rule(window=2): "11100 11110 11111 01111 00111",
   Rule(window=1, stride=3): "11010 11110 11110 10111 10011",
-  Rule(causal=True, window=1): "10000 11000 01100 00110 00011",
+  Rule(causal=True, window=2): "10000 11000 11100 01110 00111",
   Rule(causal=True, window=1, stride=3): "10000 11000 11100 10110 10011",
 }
 
