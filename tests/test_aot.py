@@ -66,7 +66,24 @@ WRITTEN = """
   %d = f32[8,3]{1,0} all-gather-done(%g), calls=%branch.1
 }
 
+%fused.1 (p: f32[2,16]) -> (f32[2,16], f32[4,16]) {
+  %g.1 = f32[4,16]{1,0} all-gather(%p), replica_groups=[4,2]<=[8], dimensions={0}, frontend_attributes={chain_id="0"}
+  ROOT %start = (f32[2,16], f32[4,16]) custom-call(%g.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%async_collective_fusion.1 (p: f32[2,16], q: f32[4,16]) -> f32[4,16] {
+  %g.2 = f32[4,16]{1,0} all-gather(%p), replica_groups=[4,2]<=[8], dimensions={0}, frontend_attributes={chain_id="0"}
+}
+
+%fused.2 (p: f32[2,16], q: f32[4,16]) -> f32[4,16] {
+  %g.3 = f32[4,16]{1,0} all-gather(%p), replica_groups=[4,2]<=[8], dimensions={0}, frontend_attributes={chain_id="0"}
+  ROOT %done = f32[4,16] custom-call(%p, %q, %g.3), custom_call_target="AsyncCollectiveDone"
+}
+
 ENTRY %main (x: f32[]) -> f32[] {
+  %a.1 = (f32[2,16], f32[4,16]) fusion(%x), kind=kCustom, calls=%fused.1
+  %a.2 = f32[4,16] fusion(%a.1, %x), kind=kOutput, calls=%async_collective_fusion.1
+  %a.3 = f32[4,16] fusion(%a.1, %a.2), kind=kCustom, calls=%fused.2
   %s = f32[96,32] fusion(%x), kind=kCustom, calls=%all-reduce-scatter.3
   %c = f32[] conditional(%x), branch_computations={%branch.1, %branch.2}
   %r = bf16[10]{0} reduce-scatter(%x), replica_groups=[2,4]<=[8], dimensions={0}, to_apply=%add
@@ -78,7 +95,7 @@ ENTRY %main (x: f32[]) -> f32[] {
 
 def test_it_reads_the_ways_in_which_tpu_and_gpu_programs_write_collectives():
   assert traffic.sent(WRITTEN) == {
-    "all-gather": traffic.Sent(1, 3 / 4 * 4 * 8 * 3),
+    "all-gather": traffic.Sent(2, 3 / 4 * 4 * 8 * 3 + 1 / 2 * 4 * 4 * 16),
     "reduce-scatter": traffic.Sent(3, 3 / 4 * 4 * 96 * 128 + 3 * 2 * 10 + 3 / 4 * 4 * 48),
     "collective-permute": traffic.Sent(1, 2 * 8 * 4)}
 

@@ -3,12 +3,16 @@
 A collective of g devices on b bytes (of its whole result; of its operand for a reduce-scatter) makes each device send,
 by the ring algorithms, all-gather, reduce-scatter and all-to-all b (g - 1) / g; all-reduce twice that;
 collective-permute b. From: Thakur et al. 2005, doi:10.1177/1094342005051521.
+
+Bytes are not time. Among all devices of a 3D torus of TPUs (no side below 4), XLA writes an all-gather as the all-reduce
+of shards in zeros: twice the bytes, yet by six rings at once ("colors:6"), where its all-gather is one ring ("1D"). On
+any TPU a reduce-scatter among all devices may likewise be an all-reduce of which a part is kept.
 """
 
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
@@ -59,6 +63,15 @@ def _sends(line: str) -> tuple[str, float] | None:
   return kind, (2 if kind == "all-reduce" else 1) * size * (g - 1) / g
 
 
+def _starts(line: str, lines: Sequence[str]) -> bool:
+  """Whether a collective starts with an instruction of a computation, and does not merely go on.
+
+  A TPU that is told to send while its matrix products work writes one collective, of one chain_id, in each of them.
+  """
+  name = line.split(" = ")[0].split()[-1]
+  return "chain_id=" not in line or any("AsyncCollectiveStart" in other and f"({name})" in other for other in lines)
+
+
 def _parts(text: str) -> tuple[dict[str, list[str]], str]:
   """(lines of each computation, name of the one that is run)."""
   parts, name, entry = {}, None, None
@@ -103,8 +116,9 @@ def sent(text: str) -> dict[str, Sent]:
     if name in known:
       return known[name]
     known[name] = found = Counter()
-    for line in parts.get(name, ()):
-      if one := _sends(line):
+    lines = parts.get(name, ())
+    for line in lines:
+      if (one := _sends(line)) and _starts(line, lines):
         kind, size = one
         if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
           kind, size = "reduce-scatter", size / 2
