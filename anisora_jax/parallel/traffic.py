@@ -4,9 +4,9 @@ A collective of g devices on b bytes (of its whole result; of its operand for a 
 by the ring algorithms, all-gather, reduce-scatter and all-to-all b (g - 1) / g; all-reduce twice that;
 collective-permute b. From: Thakur et al. 2005, doi:10.1177/1094342005051521.
 
-Bytes are not time. Among all devices of a 3D torus of TPUs (no side below 4), XLA writes an all-gather as the all-reduce
-of shards in zeros: twice the bytes, yet by six rings at once ("colors:6"), where its all-gather is one ring ("1D"). On
-any TPU a reduce-scatter among all devices may likewise be an all-reduce of which a part is kept.
+Bytes are not time. Among all devices of a 3D torus of TPUs with no side below 4, XLA writes all-gathers as all-reduces
+of shards in zeros: twice the bytes, yet by three or six rings at once ("colors:6"), where its all-gather is one ring
+("1D"). Reduce-scatters among all devices, of other tori too, may likewise be all-reduces of which a part is kept.
 """
 
 import math
