@@ -1,6 +1,6 @@
 """Every local attention kernel is one softmax, keeps what it promises to keep, and is refused where it cannot run.
 
-The witness is torch in f64. Pallas's kernel runs interpreted.
+The witness is torch in f64. Pallas's kernel runs interpreted, NVIDIA's call is stood in for.
 """
 
 import re
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from card import stand_in
 from compare import apart
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -36,6 +37,12 @@ RULES = {  # which of four frames each sees
 def _small_tiles(monkeypatch):
   monkeypatch.setitem(kernels.SIDE, "cpu", 16)
   monkeypatch.setattr(splash, "INTERPRET", True)
+  stand_in()
+
+
+def takes(name: str, rule: Rule | None) -> bool:
+  local = LOCAL[name]
+  return rule is None or (local.ids and (not rule or local.frames))
 
 
 def arrays(l: int, s: int, dtype=jnp.float32, width: int = 8):
@@ -91,7 +98,7 @@ def marks(draw, l: int, s: int, rule: Rule | None):
 @pytest.mark.parametrize(("l", "s"), [(1, 1), (30, 30), (33, 33), (57, 57), (130, 130), (1, 40), (600, 130)])
 @pytest.mark.parametrize("name", BLOCKS)
 def test_values_and_gradients_are_those_of_softmax(name, l, s, rule):
-  if rule and (not LOCAL[name].frames or l in (1, 30, 57)):
+  if not takes(name, rule) or (rule and l in (1, 30, 57)):
     return
   parts, ids = arrays(l, s), marks(np.random.default_rng(s), l, s, rule)
   assert_equal(jax.jit(partial(both, name), compiler_options=QUICK)(*parts, ids), witness(*parts, ids)[:4])
@@ -101,7 +108,7 @@ def test_values_and_gradients_are_those_of_softmax(name, l, s, rule):
 @pytest.mark.parametrize("name", BLOCKS)
 def test_any_segments_and_frames(name, rule):
   """Also such in which whole tiles, or all keys of some queries, are hidden."""
-  if rule and not LOCAL[name].frames:
+  if not takes(name, rule):
     return
   parts = arrays(34, 19)
   step = jax.jit(partial(both, name), compiler_options=QUICK)
@@ -133,9 +140,10 @@ def test_tiles_that_see_nothing_are_not_worked():
 def test_the_log_sum_exp_is_of_all_keys_and_finite_where_none_is_seen(name):
   parts = arrays(33, 57)
   ids = Marks(jnp.arange(66).reshape(2, 33) % 4 - 1), Marks(jnp.arange(114).reshape(2, 57) % 2)
+  ids = ids if takes(name, ALL) else None
   lse, true = LOCAL[name].block.forward(*parts[:3], ids)[1], witness(*parts, ids)[4]
   none = np.isneginf(true)
-  assert none.any() and (lse[none] == splash.EMPTY).all() and apart(lse[~none], true[~none]) < 1e-6
+  assert none.any() == (ids is not None) and (lse[none] == splash.EMPTY).all() and apart(lse[~none], true[~none]) < 1e-6
 
 
 @pytest.mark.parametrize("name", BLOCKS)
@@ -182,6 +190,16 @@ def test_splash_is_lowered_for_a_tpu_and_computed_once_under_its_policy(dtype, m
     count[policy] = sum(f"{name}#" in function for function in text.split("func.func")
                         for name in re.findall(r"(%\d+):\d+ = stablehlo.custom_call @tpu_custom_call", function))
   assert count == {"none": 3, "attention": 3, "full": 4}
+
+
+def test_cudnn_is_lowered_for_a_card_and_computed_once_under_its_policy():
+  """Also of odd lengths, which are filled up."""
+  for l, s in ((64, 64), (63, 257)):
+    count = {}
+    for policy in ("none", "attention", "full"):
+      text = layers("cudnn", policy, arrays(l, s, jnp.bfloat16)).lower(lowering_platforms=("cuda",)).as_text()
+      count[policy] = [len(re.findall(rf"@__cudnn\$fmhaSoftmax{way}\(", text)) for way in ("", "Backward")]
+    assert count == {"none": [1, 1], "attention": [1, 1], "full": [2, 1]}
 
 
 def test_memory_grows_with_the_length_and_not_with_its_square(monkeypatch):
@@ -233,12 +251,13 @@ def test_a_refusal_names_the_kernels_that_are_not_refused(here, monkeypatch):
   ("cudnn", "gpu", ("bfloat16", 1, None, True), "needs a GPU, here is a cpu: use one of dense, blockwise."),
   ("splash", "tpu", ("float32", 1, None, True), "needs a TPU, here is a cpu: use one of dense, blockwise."),
   ("splash", "cpu", ("float16", 1, None, True), "works in float32 or bfloat16, not in float16: use one of dense"),
-  ("cudnn", "cpu", ("bfloat16", 2, None, True), "returns no log-sum-exp, which a ring of 2 needs: use one of"),
+  ("bare", "cpu", ("float32", 2, None, True), "returns no log-sum-exp, which a ring of 2 needs: use one of dense,"),
   ("cudnn", "cpu", ("bfloat16", 1, ALL, True), "takes no segment ids or padding: use one of dense, blockwise."),
   ("splash", "cpu", ("float32", 1, Rule(window=2), True), "hides no frames from each other: use one of dense, blockw"),
 ])
 def test_what_a_kernel_cannot_do_is_said(kernel, platform, run, words, monkeypatch):
-  monkeypatch.setitem(LOCAL, kernel, LOCAL[kernel]._replace(platform=platform))
+  bare = LOCAL["dense"]._replace(block=None)
+  monkeypatch.setitem(LOCAL, kernel, {"bare": bare, **LOCAL}[kernel]._replace(platform=platform))
   assert refusal(kernel, *run).startswith(f"kernel {kernel!r} {words}")
 
 

@@ -17,10 +17,10 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
-from anisora_jax.errors import BadInput
 from anisora_jax.models import splash
+from anisora_jax.models.cudnn import CUDNN
 from anisora_jax.models.splash import EMPTY
-from anisora_jax.parallel.ring import SAVED, Ids, Kernel, Keys, LogSum, Queries
+from anisora_jax.parallel.ring import SAVED, Ids, Kernel, Keys, LogSum, Queries, delta_of
 from anisora_jax.parallel.sight import Marks, meet, sees
 
 HIDDEN = -1e38  # a logit that no softmax sees: so low that it weighs 0, also where nothing else is seen
@@ -162,7 +162,7 @@ class Tiled:
 
     return _by_head(head, self.side, ids, q, k, v)
 
-  def backward(self, q: Queries, k: Keys, v: Keys, ids: Ids, lse: LogSum, delta: LogSum, do: Queries):
+  def backward(self, q: Queries, k: Keys, v: Keys, ids: Ids, lse: LogSum, o: Queries, do: Queries):
     def head(q, k, v, *rest):
       lse, delta, do, ids, met = rest
       (l, width), s, (q_ids, k_ids) = q.shape, len(k), ids or (None, None)
@@ -194,7 +194,7 @@ class Tiled:
       dq, dk, dv = dq.reshape(-1, width)[:l], dk.reshape(-1, width)[:s], dv.reshape(-1, width)[:s]
       return dq * width ** -0.5, dk * width ** -0.5, dv
 
-    return _by_head(head, self.side, ids, q, k, v, lse, delta, do)
+    return _by_head(head, self.side, ids, q, k, v, lse, delta_of(o, do), do)
 
 
 DENSE, BLOCKWISE = (Kernel(tiled.forward, tiled.backward) for tiled in (Tiled(whole), Tiled(even)))
@@ -217,28 +217,11 @@ def _saving(kernel, name, q, k, v, ids):
 
 def _gradients(kernel, name, saved, do):
   q, k, v, ids, o, lse = saved
-  delta = jnp.einsum("blak,blak->bal", o.astype(jnp.float32), do.astype(jnp.float32))
-  grads = kernel.backward(q, k, v, ids, lse, delta, do)
+  grads = kernel.backward(q, k, v, ids, lse, o, do)
   return *(grad.astype(x.dtype) for grad, x in zip(grads, (q, k, v), strict=True)), None
 
 
 attend.defvjp(_saving, _gradients)
-
-
-def cudnn(q: Queries, k: Keys, v: Keys, ids: Ids = None, name: str = SAVED) -> Queries:
-  """NVIDIA's fused attention. name: as of `attend`.
-
-  Not for a ring: what JAX makes public of it (0.10 and 0.11) rounds the log-sum-exp to the inputs' type, lets no
-  gradient through it, and takes none from outside in the backward pass. A mask would be an array of all logits.
-  """
-  if ids is not None:
-    raise BadInput("kernel 'cudnn' takes no segment ids or padding: choose tokens that divide, or kernel 'blockwise'.")
-  (b, l), s = q.shape[:2], k.shape[1]
-  q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
-  # JAX (0.10 and 0.11) trains on even lengths only, as 257 image tokens are not: it takes no bias for a bias.
-  tokens = None if s % 2 == 0 else jnp.full(b, s)
-  o = jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=tokens, implementation="cudnn")
-  return checkpoint_name(o[:, :l], name)
 
 
 class Local(NamedTuple):
@@ -263,5 +246,5 @@ LOCAL = {  # name in configs -> kernel
   "blockwise": _from_blocks(BLOCKWISE),
   "splash": _from_blocks(splash.SPLASH, platform="tpu", dtypes=("float32", "bfloat16"), typed=False,
                          frames=False),
-  "cudnn": Local(cudnn, ids=False, frames=False, platform="gpu", dtypes=("bfloat16", "float16")),
+  "cudnn": _from_blocks(CUDNN, platform="gpu", dtypes=("bfloat16", "float16"), ids=False, frames=False),
 }

@@ -14,7 +14,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info
 from jaxtyping import Array, Float
 
 from anisora_jax.errors import BadInput
-from anisora_jax.parallel.ring import Ids, Kernel, Keys, LogSum, Queries
+from anisora_jax.parallel.ring import Ids, Kernel, Keys, LogSum, Queries, delta_of
 
 EMPTY = -1e29      # the log-sum-exp of a query that sees nothing; finite, so that two empty blocks merge without nan
 LANES = 128        # sides of tiles are multiples of it
@@ -69,7 +69,7 @@ def _forward(q: Queries, k: Keys, v: Keys, ids: Ids = None):
   return jnp.where(rearrange(lse, "b a l -> b l a 1") < EMPTY, 0.0, o), jnp.maximum(lse, EMPTY)
 
 
-def _backward(q: Queries, k: Keys, v: Keys, ids: Ids, lse: LogSum, delta: LogSum, do: Queries):
+def _backward(q: Queries, k: Keys, v: Keys, ids: Ids, lse: LogSum, o: Queries, do: Queries):
   (b, l, _, width), s = q.shape, k.shape[1]
   options = {"mask_info": ALL, "bq": _side(l), "bkv": _side(s), **LAYOUT, **_options()}
 
@@ -79,7 +79,7 @@ def _backward(q: Queries, k: Keys, v: Keys, ids: Ids, lse: LogSum, delta: LogSum
     _, dk, dv = pallas._splash_attention_bwd_dkv(*given, bkv_compute=_side(s), use_fused_bwd_kernel=False, **options)
     return pallas._splash_attention_bwd_dq(*given, **options), dk, dv
 
-  dq, dk, dv = jax.vmap(clip)(_heads(q * width ** -0.5), _heads(k), _heads(v), _fill(lse, 2), _fill(delta, 2),
+  dq, dk, dv = jax.vmap(clip)(_heads(q * width ** -0.5), _heads(k), _heads(v), _fill(lse, 2), _fill(delta_of(o, do), 2),
                               _heads(do), _segments(ids, b, l, s))
   return _tokens(dq, l) * width ** -0.5, _tokens(dk, s), _tokens(dv, s)
 

@@ -95,9 +95,8 @@ class Work:
 
   @property
   def sums(self) -> float:
-    """Bytes of the log-sum-exp of a layer, which cuDNN's kernel does not tell."""
-    named = self.remat in NAMED and self.kernel != "cudnn"
-    return 4.0 * self.tokens * self.size.heads / self.tensor if named else 0.0
+    """Bytes of the log-sum-exp of a layer."""
+    return 4.0 * self.tokens * self.size.heads / self.tensor if self.remat in NAMED else 0.0
 
 
 class Estimate(NamedTuple):
