@@ -56,18 +56,25 @@ def case(heads: int, clip: int, padded: int, lengths: tuple[int, ...], rule: Rul
 
 
 def attend(pattern: str, there: Mesh, kernel: str, arrays, ids, rule: Rule = ALL):
-  """(attention, its gradients), which like those of a network wait until attention is done."""
+  """(attention, its gradients), which wait until attention is done: on simulated devices their hops could overtake."""
   *arrays, do = arrays
   o, back = jax.vjp(lambda *parts: PATTERNS[pattern](*parts, ids, there, kernel, rule), *arrays)
-  return o, *back(jnp.where(jnp.isnan(o), jnp.nan, do).astype(do.dtype))
+  return o, *_after(o.sum(), back)(_after(o.sum(), do))
+
+
+def _after(known: jax.Array, arrays):
+  """Those of a tree that hold real numbers, when a number is known."""
+  def late(x):
+    return jnp.where(jnp.isnan(known), jnp.nan, x).astype(x.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+  return jax.tree.map(late, arrays)
 
 
 def _one_after_another(pattern, there, kernel, given):
   """No case may start before the last one is done: on simulated devices its collectives could overtake."""
   made, known = [], 0.0
   for arrays, ids, rule in given:
-    arrays = [jnp.where(jnp.isnan(known), jnp.nan, x) for x in arrays]
-    made.append(attend(pattern, there, kernel, arrays, ids, rule))
+    made.append(attend(pattern, there, kernel, _after(known, arrays), ids, rule))
     known = sum(x.sum() for x in made[-1])
   return made
 

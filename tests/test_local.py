@@ -138,7 +138,7 @@ def test_what_is_sent_is_what_the_formulas_say(clip, seq, window, stride, causal
   wide, together = f + sides * window + (clip * spread if clip > 1 else 0), min(seq, HEADS)
   assert found["exchanged"] == 2 * 2 * frame * (f + wide) * size * (together - 1) // together
   r, halos = seq // together, 2 * 2 * frame * size * sides * halved(f, clip, window)
-  turns = seq * 2 * frame * wide * (2 * (r - 1) * size + (r - 1) * 4 + size) if r > 1 else 0
+  turns = seq * 2 * frame * wide * (2 * (r - 1) * size + (r - 2) * 4 + size) if r > 1 else 0
   line = sum(bytes_ for link, bytes_ in found.items() if isinstance(link, tuple))  # of one line of devices an axis
   assert line == halos + turns
   if clip == 8:  # a short window of a long film

@@ -77,7 +77,7 @@ def test_every_scheme_is_one_softmax_and_has_its_collectives(pattern, clip, seq,
   counts = Counter({kind: one.count for kind, one in traffic.sent(hlo).items()})
   assert counts["all-to-all"] == (8 * len(chosen) if together > 1 else 0)
   hops = 2 * ways(pattern, shards) * (shards // together - 1)  # of keys and values, one round
-  assert counts["collective-permute"] == 3 * hops * len(chosen)  # XLA sees that both passes begin with the same hop
+  assert counts["collective-permute"] == 3 * hops * len(chosen)
   assert set(counts) <= {"all-to-all", "collective-permute", "all-reduce"}  # the sums of `one_after_another`
   assert overtaking(hlo) == []
 
@@ -96,7 +96,7 @@ def test_what_is_sent_is_what_the_formulas_say(pattern, clip, seq, dtype, rule):
   r, share, size = shards // together, 2 * 4 * HEADS[pattern] * WIDTH, jnp.dtype(dtype).itemsize
   assert found.pop("exchanged", 0) == 8 * share * size * (together - 1) / together  # q, k, v, o and their gradients
   # Keys and values go round in both passes; their gradients in f32, and as what they are gradients of on the last hop.
-  ring = 2 * share * (2 * (r - 1) * size + (r - 1) * 4 + size) if r > 1 else 0
+  ring = 2 * share * (2 * (r - 1) * size + (r - 2) * 4 + size) if r > 1 else 0
   assert sum(found.values()) == shards * ring
   assert max(found.values(), default=0) == ring / ways(pattern, shards)
 
@@ -205,8 +205,8 @@ def truth():
 
 # A block goes round twice and its gradients once. Of exchanges there are 8, and 4 again, for what blocks do not keep.
 @pytest.mark.parametrize(("pattern", "kernel", "heads", "hops", "exchanges"), [
-  ("ring", "dense", 4, 6 + 6 + 8, 0), ("ring_both", "dense", 4, 2 * (6 + 6 + 8), 0),
-  ("ulysses", "bare", 4, 0, 12), ("hybrid", "dense", 6, 2 + 2 + 4, 12)])
+  ("ring", "dense", 4, 3 * 6, 0), ("ring_both", "dense", 4, 2 * 3 * 6, 0),
+  ("ulysses", "bare", 4, 0, 12), ("hybrid", "dense", 6, 3 * 2, 12)])
 def test_the_network_learns_the_same_by_every_scheme(pattern, kernel, heads, hops, exchanges, truth):
   true_loss, true_gradients = truth(heads)
   (loss, gradients), hlo = training(heads, (2, 1, 1, 4, 1), pattern, kernel)

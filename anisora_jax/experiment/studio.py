@@ -122,7 +122,9 @@ class Studio:
   def _steps(self) -> dict[float, Callable]:
     """Guidance -> one step of sampling, compiled."""
     solver, velocity = SOLVERS[self.config.sample.solver], self.parts.method.velocity
-    return {scale: jax.jit(partial(_step, velocity, solver, scale)) for scale in self.scales}
+    options = meshes.compiler_options(self.parts.mesh)
+    return {scale: jax.jit(partial(_step, velocity, solver, scale), compiler_options=options)
+            for scale in self.scales}
 
   @property
   def scales(self) -> tuple[float, float]:

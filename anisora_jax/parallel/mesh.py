@@ -7,6 +7,7 @@ another bucket, and no parameter moves: see `view`. This is the only file that a
 """
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -23,6 +24,12 @@ BATCH = ("data", "fsdp")  # the axes that split a replica's part of a batch, and
 ROWS = (REPLICA, *BATCH)  # those that split a whole batch
 CLIP = ("clip", "seq")  # those that split the tokens of one clip
 WEIGHTS = ("fsdp", *CLIP)  # those that split weights
+# Platform -> what XLA is told so that all a ring sends in a turn, at most 8 arrays, travels while its kernels work: by
+# default cards have one transfer under way at once, and TPUs, which do not know what a kernel costs, start late.
+OVERLAP = {
+  "gpu": {"xla_gpu_experimental_parallel_collective_overlap_limit": 8},
+  "tpu": {"xla_tpu_use_aggressive_scheduling": True, "xla_max_concurrent_async_collective_permutes": 8},
+}
 
 
 def simulate(count: int) -> None:
@@ -109,6 +116,13 @@ def describe(mesh: Mesh) -> str:
 def device_kind(mesh: Mesh) -> str:
   """The hardware's own name, "cpu" or "NVIDIA H200"."""
   return mesh.devices.flat[0].device_kind
+
+
+def compiler_options(mesh: Mesh) -> dict[str, bool | int]:
+  """For `jax.jit`, of what uses rings. Options that XLA_FLAGS or LIBTPU_INIT_ARGS name are left to them."""
+  named = os.environ.get("XLA_FLAGS", "") + os.environ.get("LIBTPU_INIT_ARGS", "")
+  options = OVERLAP.get(mesh.devices.flat[0].platform, {})
+  return {name: value for name, value in options.items() if name not in named}
 
 
 def clip_shards(mesh: Mesh) -> int:

@@ -2,10 +2,11 @@
 
 Softmax over all keys is rebuilt from the partial results of the blocks (o_i, log-sum-exp_i):
   lse = log sum_i exp(lse_i),   o = sum_i exp(lse_i - lse) o_i.
-The backward pass sends the gradients of a block of keys along with the block, so that they come home after one round;
-queries never move. Transfers are issued before the block is worked on, so that they hide behind the arithmetic.
-Of r devices each sends keys and values r - 1 times forward and r - 1 times backward, and their gradients r times, in
-f32 but for the last. Both ways at once, half of every block each way, no link carries more than half of that.
+The backward pass sends the gradients of a block of keys along with the block, so that they come home after one round,
+while its own device works on it, last; queries never move. Transfers are issued before the block is worked on, so that
+they hide behind the arithmetic. Of r devices each sends keys and values r - 1 times forward and r - 1 times backward,
+and their gradients r - 1 times, in f32 but for the last. Both ways at once, half of every block each way, no link
+carries more than half of that.
 From: Liu et al. 2023, arXiv:2310.01889; the partial softmax is Milakov and Gimelshein 2018, arXiv:1805.02867; both
 directions of a link are used by TokenRing, Wang et al. 2024, arXiv:2412.20501.
 """
@@ -38,9 +39,9 @@ class Forward(Protocol):
 
 
 class Backward(Protocol):
-  """One block: (q, k, v, ids, lse, delta, do) -> f32 (dq, dk, dv); lse and delta = sum(o do) are over all keys."""
+  """One block: (q, k, v, ids, lse, o, do) -> f32 (dq, dk, dv); lse and o are over all keys."""
 
-  def __call__(self, q: Queries, k: Keys, v: Keys, ids: Ids, lse: LogSum, delta: LogSum,
+  def __call__(self, q: Queries, k: Keys, v: Keys, ids: Ids, lse: LogSum, o: Queries,
                do: Queries) -> tuple[Array, Array, Array]: ...
 
 
@@ -49,6 +50,11 @@ class Kernel(NamedTuple):
 
   forward: Forward
   backward: Backward
+
+
+def delta_of(o: Queries, do: Queries) -> LogSum:
+  """sum(o do), which the gradient of a softmax takes from that of each of its weights."""
+  return jnp.einsum("blak,blak->bal", o.astype(jnp.float32), do.astype(jnp.float32))
 
 
 class Route(NamedTuple):
@@ -154,30 +160,37 @@ def _ring_forward(q, k, v, ids, route, kernel):
 def _ring_backward(route, kernel, saved, do):
   q, k, v, ids, o, lse = saved
   size = route.size()
-  delta = jnp.einsum("blak,blak->bal", o.astype(jnp.float32), do.astype(jnp.float32))
 
   def gradients(block, turn):
     there = route.ids(ids, turn)
     none = tuple(jnp.zeros_like(x, jnp.float32) for x in (q, *block))
-    dq, dk, dv = _seen(there, lambda: kernel.backward(q, *block, there, lse, delta, do), none)
+    dq, dk, dv = _seen(there, lambda: kernel.backward(q, *block, there, lse, o, do), none)
     return dq, (dk, dv)
 
-  def step(carry, turn):
-    dq, block, travelling = carry
-    arriving, travelling = route.send(block), route.send(travelling)
-    dq_part, part = gradients(block, turn)
-    return (dq + dq_part, arriving, jax.tree.map(jnp.add, travelling, part)), None
+  def join(sums, block, turn):
+    """The gradients that others found for a block follow it here, and those of this device are added."""
+    dq, travelling = sums
+    arrived = route.send(travelling)
+    return jax.tree.map(jnp.add, (dq, arrived), gradients(block, turn))
 
-  arriving = route.send((k, v)) if size > 1 else None
-  dq, travelling = gradients((k, v), 0)
-  if size > 1:
-    (dq, block, travelling), _ = lax.scan(step, (dq, arriving, travelling), jnp.arange(1, size - 1),
-                                            unroll=route.straight)
-    travelling = route.send(travelling)
-    dq_part, part = gradients(block, size - 1)
-    dq, travelling = dq + dq_part, jax.tree.map(jnp.add, travelling, part)
-  home = travelling[0].astype(k.dtype), travelling[1].astype(v.dtype)  # the sums are whole, and their last hop is short
-  return dq.astype(q.dtype), *(route.send(home) if size > 1 else home), None
+  def step(carry, turn):
+    sums, block = carry
+    arriving = route.send(block)
+    return (join(sums, block, turn), arriving), None
+
+  if size == 1:
+    dq, (dk, dv) = gradients((k, v), 0)
+  else:
+    block = route.send((k, v))
+    arriving = route.send(block) if size > 2 else None
+    sums = gradients(block, 1)
+    if size > 2:
+      (sums, block), _ = lax.scan(step, (sums, arriving), jnp.arange(2, size - 1), unroll=route.straight)
+      sums = join(sums, block, size - 1)
+    dq, others = sums
+    short = jax.tree.map(lambda x: x.astype(k.dtype), others)  # no more is added to them on the way
+    dq, (dk, dv) = join((dq, short), (k, v), 0)
+  return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 
 ring.defvjp(_ring_forward, _ring_backward)

@@ -35,15 +35,15 @@ class Advice(NamedTuple):
 def cost(size: Size, peak: float, link: float, exchanged: bool) -> Cost:
   """Of training a network in bf16. exchanged: heads are exchanged for tokens; else keys go round a ring.
 
-  An exchange sends 8 arrays of width d a layer, forward and backward; a ring keys and values in bf16, and for the
-  backward pass those of queries and of their gradients, in f32.
+  An exchange sends 8 arrays of width d a layer, forward and backward; a ring keys and values in both passes, in bf16,
+  and their gradients in f32.
   """
   rate, sends = OF_PEAK * peak, OF_LINK * link
   square = 3 * 4.0 * size.layers * size.width
   none, one = (3 * size.forward_flops(1, tokens) for tokens in (0, 1))
   width = size.layers * size.width
   return Cost((one - none - square) / rate, square / rate, sent=16 * width / sends if exchanged else 0.0,
-              turned=0.0 if exchanged else (4 + 8) * width / sends, fixed=none / rate)
+              turned=0.0 if exchanged else (4 + 4 + 8) * width / sends, fixed=none / rate)
 
 
 def advise(buckets: Sequence[Clips], devices: int, cost: Cost) -> list[Advice]:
