@@ -14,6 +14,7 @@ import pytest
 import torch
 from card import stand_in
 from compare import apart
+from einops import rearrange
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from quick import QUICK
@@ -23,6 +24,7 @@ from anisora_jax.models import attention, kernels, splash
 from anisora_jax.models.kernels import LOCAL
 from anisora_jax.models.remat import REMAT
 from anisora_jax.parallel import mesh
+from anisora_jax.parallel.ring import Route, ring
 from anisora_jax.parallel.sight import ALL, Marks, Rule
 
 BLOCKS = [name for name, local in LOCAL.items() if local.block]
@@ -156,6 +158,19 @@ def test_bf16_inputs_meet_an_f32_softmax(name):
   assert all(x.dtype == jnp.bfloat16 for x in got)
   # bf16 keeps 8 bits: weights, the output and logits' gradients are rounded once each.
   assert all(apart(x.astype(jnp.float32), true) < 1e-2 for x, true in zip(got, want[:4], strict=True))
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_ring_of_mapped_devices_is_one_softmax(name):
+  """As replicas are mapped, and as benchmarks work a ring on one card; of odd shares."""
+  def share(q, k, v, do):
+    o, back = jax.vjp(lambda *parts: ring(*parts, None, Route(("seq",)), LOCAL[name].block), q, k, v)
+    return [o, *back(do)]
+
+  parts = arrays(24, 24)
+  shares = [rearrange(x, "b (r l) a k -> r b l a k", r=8) for x in parts]
+  made = jax.jit(jax.vmap(share, axis_name="seq"), compiler_options=QUICK)(*shares)
+  assert_equal([rearrange(x, "r b l a k -> b (r l) a k") for x in made], witness(*parts, None)[:4])
 
 
 def layers(name: str, policy: str, parts):

@@ -22,10 +22,11 @@ def _call(primitive, ids: Ids, q: Queries, k: Keys, v: Keys, *more: Array, **opt
   """more: what a backward pass needs besides, padded."""
   if ids is not None:
     raise BadInput("kernel 'cudnn' takes no segment ids or padding: choose tokens that divide, or kernel 'blockwise'.")
-  b, l, s = *q.shape[:2], k.shape[1]
+  l, s = q.shape[1], k.shape[1]
   even = l % 2 == s % 2 == 0
   none = jnp.zeros(0, q.dtype)
-  lengths = (none, none) if even else (jnp.full(b, l), jnp.full(b, s))
+  zeros = 0 * q[:, 0, 0, 0].astype(jnp.int32)  # under vmap JAX wants lengths that are mapped as q is
+  lengths = (none, none) if even else (zeros + l, zeros + s)
   # Not given: a bias, offsets of packed clips and tables of pages.
   return primitive.bind(
     _even(q), _even(k), _even(v), none, *lengths, none, none, none, none, *more, scale=q.shape[-1] ** -0.5, seed=0,
