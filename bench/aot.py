@@ -26,32 +26,32 @@ flags.DEFINE_bool("wheels", False, "Print the requirements and stop.")
 
 
 class Row(NamedTuple):
-  """A step to compile. word: of the recipe; sizes: of the mesh, fsdp and seq."""
+  """A step to compile. word: of the recipe; bucket: its devices grouped as it says; fsdp: axis of the mesh."""
 
   target: str
   word: str
   bucket: str
-  sizes: tuple[int, int]
+  fsdp: int
   remat: str
+  attention: str = "hybrid"
   recipe: str = "wan21_i2v_14b"
 
   @property
   def name(self) -> str:
-    fsdp, seq = self.sizes
-    return f"{self.target} {self.recipe}:{self.word} {self.bucket} fsdp {fsdp} x seq {seq} remat {self.remat}"
+    return (f"{self.target} {self.recipe}:{self.word} {self.bucket} fsdp {self.fsdp} remat {self.remat} "
+            f"{self.attention}")
 
 
 ROWS = [
-  Row("h200:8", "lora", "81x480x832@8", (8, 1), "attention"),
-  Row("h200:8", "lora", "81x720x1280@8", (8, 1), "full"),
-  Row("h200:8", "full", "81x480x832@8", (8, 1), "attention"),
-  Row("h200:8", "full", "81x480x832@8", (8, 1), "full"),
-  Row("h200:8", "full", "81x720x1280@8", (8, 1), "full"),
-  Row("v5p:4x4x4", "lora", "81x480x832@16", (16, 4), "attention"),
-  Row("v5p:4x4x4", "full", "81x480x832@16", (16, 4), "attention"),
-  Row("v5p:4x4x4", "full", "81x720x1280@16", (16, 4), "full"),
-  Row("v6e:16x16", "full", "81x480x832@64", (64, 4), "full"),
-  Row("v6e:16x16", "full", "81x720x1280@32", (32, 8), "full"),
+  Row("h200:8", "lora", "81x480x832@8", 8, "attention"),
+  Row("h200:8", "full", "81x480x832@8", 8, "attention"),
+  Row("h200:8", "lora", "81x720x1280@8", 8, "full"),
+  Row("h200:8", "full", "81x720x1280@1/8", 8, "attention"),
+  Row("h200:8", "full", "81x720x1280@1/8", 8, "attention", "ring"),
+  Row("h200:8", "full", "81x720x1280@1/8", 8, "attention", "ring_both"),
+  Row("v5p:4x4x4", "full", "81x480x832@16/4", 64, "attention"),
+  Row("v5p:4x4x4", "full", "81x720x1280@16/4", 64, "full", "ring"),
+  Row("v6e:8x8", "full", "81x720x1280@8/8", 64, "full", "ring"),
 ]
 
 
@@ -60,9 +60,8 @@ def account(row: Row) -> str:
   config = importlib.import_module(f"configs.{row.recipe}").get_config(row.word)
   config.model.weights = "PATH"  # adapters stand beside weights; nothing is read
   config.model.kernel = "cudnn" if row.target.startswith("h200") else "splash"
-  config.model.remat = row.remat
-  config.data.buckets = row.bucket
-  config.mesh.fsdp, config.mesh.seq = row.sizes
+  config.model.remat, config.model.attention = row.remat, row.attention
+  config.data.buckets, config.mesh.fsdp, config.mesh.seq = row.bucket, row.fsdp, 1
   made = parts.assemble(config, devices=targets.devices(row.target))
   start = time.perf_counter()
   formula = train.estimated(made, config, made.buckets[0]).total

@@ -59,6 +59,7 @@ WRITTEN = """
 
 %branch.1 (x: f32[]) -> f32[] {
   %p = (bf16[8,4]{1,0}, bf16[8,4]{1,0:T(8)}, u32[]{:S(2)}, u32[]) collective-permute-start(%x), channel_id=1
+  %o = ((bf16[8,4]{1,0}, s8[16]{0}), (bf16[8,4]{1,0}, s8[16]{0})) collective-permute-start(%x, %y), channel_id=2
 }
 
 %branch.2 (x: f32[]) -> f32[] {
@@ -97,7 +98,7 @@ def test_it_reads_the_ways_in_which_tpu_and_gpu_programs_write_collectives():
   assert traffic.sent(WRITTEN) == {
     "all-gather": traffic.Sent(2, 3 / 4 * 4 * 8 * 3 + 1 / 2 * 4 * 4 * 16),
     "reduce-scatter": traffic.Sent(3, 3 / 4 * 4 * 96 * 128 + 3 * 2 * 10 + 3 / 4 * 4 * 48),
-    "collective-permute": traffic.Sent(1, 2 * 8 * 4)}
+    "collective-permute": traffic.Sent(2, 2 * 8 * 4 + 2 * 8 * 4 + 16)}
 
 
 SCHEDULE = """

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from types import SimpleNamespace
@@ -309,3 +309,32 @@ def test_attention_that_cannot_run_is_refused_in_one_line(shape, pattern, kernel
     attention.check(pattern, kernel, on_mesh(shape), heads, dtype)
   assert "\n" not in str(mistake.value)
   attention.check("ring", "dense", on_mesh((1, 1, 1, 2, 4)), 8, "float32")
+
+
+@dataclass(frozen=True)
+class Device:
+  """One that is not here."""
+
+  platform: str
+
+
+def posing(platform: str) -> Mesh:
+  return Mesh(np.array([Device(platform)]), ("data",))
+
+
+@pytest.mark.parametrize(("platform", "variable", "given"), [
+  ("gpu", "XLA_FLAGS", "--xla_gpu_experimental_parallel_collective_overlap_limit=1"),
+  ("tpu", "LIBTPU_INIT_ARGS", "--xla_max_concurrent_async_collective_permutes=3 --xla_tpu_use_aggressive_scheduling")])
+def test_what_the_environment_tells_the_compiler_stands(platform, variable, given, monkeypatch):
+  told = mesh.compiler_options(posing(platform), 4)
+  assert told.keys() == {part.strip("-").partition("=")[0] for part in given.split()}
+  monkeypatch.setenv(variable, given)
+  assert mesh.compiler_options(posing(platform), 4) == {} == mesh.compiler_options(mesh.build(), 4)
+
+
+def test_this_xla_knows_what_cards_are_told():
+  """XLA refuses a name that it does not know on any platform."""
+  work = jax.jit(jnp.sin, compiler_options=mesh.compiler_options(posing("gpu"), 4))
+  assert work(0.0) == 0
+  with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option"):
+    jax.jit(jnp.sin, compiler_options={"xla_gpu_no_such_limit": 4})(0.0)

@@ -6,6 +6,7 @@
 from itertools import product
 
 import pytest
+from card import stand_in
 from overtake import overtaking
 from schemes import HEADS, SEEN, assert_softmax, case, on
 
@@ -20,8 +21,7 @@ MASKS = {  # "nothing" is hidden; all others also hide padding and other segment
   "causal+window+globals": Rule(causal=True, window=1, stride=3)}
 LENGTHS = (30, 32, 33, 57)  # tokens of a frame, before they are padded
 SPLITS = [(clip, seq) for clip, seq in product((1, 2, 4, 8), repeat=2) if clip * seq <= 8]
-# Pallas's kernel for TPUs runs interpreted; one of a GPU's library cannot run here.
-KERNELS = [name for name, local in LOCAL.items() if local.block and local.platform != "gpu"]
+KERNELS = list(LOCAL)  # Pallas's kernel for TPUs runs interpreted, NVIDIA's call is stood in for
 ALL = list(product(PATTERNS, SPLITS, MASKS, KERNELS))  # kernels last, as they share what is true
 
 
@@ -31,6 +31,8 @@ def lack(pattern: str, split: tuple[int, int], mask: str, kernel: str) -> str:
     return "pattern 'full' needs mesh axes clip x seq = 1"
   if pattern == "local_global" and "window" not in mask:
     return "pattern 'local_global' needs a window of frames"
+  if kernel == "cudnn" and mask != "nothing":
+    return "kernel 'cudnn' takes no segment ids or padding"
   if kernel == "splash" and mask not in ("nothing", "segments"):
     return "kernel 'splash' hides no frames from each other"
   return ""
@@ -46,7 +48,9 @@ def _as_on_accelerators(monkeypatch):
   """Rings are loops, beside which nothing is sent here. Tiles are small, so that there are many."""
   monkeypatch.setitem(kernels.SIDE, "cpu", 20)
   monkeypatch.setattr(splash, "INTERPRET", True)
-  monkeypatch.setitem(LOCAL, "splash", LOCAL["splash"]._replace(platform=None))
+  stand_in()
+  for name in ("splash", "cudnn"):
+    monkeypatch.setitem(LOCAL, name, LOCAL[name]._replace(platform=None, dtypes=("float32",)))
   monkeypatch.setattr(attention, "STRAIGHT", ())
 
 
@@ -72,7 +76,7 @@ def test_all_are_one_softmax(pattern, split, mask, kernel):
   ("full", (1, 1), "nothing", "dense", 33), ("ring", (1, 2), "segments", "splash", 57),
   ("ring_both", (1, 4), "causal", "blockwise", 30), ("ulysses", (2, 1), "causal+window+globals", "dense", 33),
   ("local_global", (2, 2), "window+globals", "blockwise", 30), ("hybrid", (2, 2), "causal+window", "dense", 33),
-  ("local_global", (8, 1), "window", "dense", 32)], ids=named)
+  ("local_global", (8, 1), "window", "dense", 32), ("ring", (4, 1), "nothing", "cudnn", 33)], ids=named)
 def test_some_of_all_are_one_softmax(pattern, split, mask, kernel, length):
   assert_exact(pattern, split, mask, kernel, (length,))
 

@@ -81,6 +81,11 @@ class Parts:
                       for count in (self.size.forward_flops, self.size.attention_flops))
     return bucket.batch * f * n, bucket.batch * (2 * one + attention if self.lora else 3 * one)
 
+  @property
+  def compiler_options(self) -> dict[str, bool | int]:
+    """Of programs that work the network, for `jax.jit`."""
+    return meshes.compiler_options(self.mesh, attention.PATTERNS[self.network.pattern].transfers)
+
 
 def velocity(network: WanDiT, scale: float, params: PyTree, x, t, condition, text):
   """The network as training and sampling call it. scale: of adapters that stand beside its parameters, if any do."""

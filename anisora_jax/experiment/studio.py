@@ -122,7 +122,7 @@ class Studio:
   def _steps(self) -> dict[float, Callable]:
     """Guidance -> one step of sampling, compiled."""
     solver, velocity = SOLVERS[self.config.sample.solver], self.parts.method.velocity
-    options = meshes.compiler_options(self.parts.mesh)
+    options = self.parts.compiler_options
     return {scale: jax.jit(partial(_step, velocity, solver, scale), compiler_options=options)
             for scale in self.scales}
 

@@ -97,14 +97,14 @@ def compiled_step(parts: Parts, chain, config: ConfigDict, abstract: PyTree):
   method = replace(parts.method, shares=partial(placement.hold_each, placed=placed.params))
   work = step.make_step(method, chain, average, partial(offload.fetched, placed=placed))
   return jax.jit(work, donate_argnums=0, out_shardings=(placed, None),
-                 compiler_options=meshes.compiler_options(parts.mesh))
+                 compiler_options=parts.compiler_options)
 
 
 def held_out_loss(parts: Parts, config: ConfigDict, frozen: step.Frozen,
                   captions: Captions | None) -> Callable[[state.TrainState], dict[str, float]]:
   """state -> held-out loss of the averaged parameters in each bin of noise time, on the same clips at every call."""
   clips, parts = loader(parts, config, "held_out", parts.buckets[:1]), replace(parts, replicas=1).of(parts.buckets[0])
-  measure = jax.jit(step.make_held_out(parts.method), compiler_options=meshes.compiler_options(parts.mesh))
+  measure = jax.jit(step.make_held_out(parts.method), compiler_options=parts.compiler_options)
   frozen = placement.viewed(frozen, parts.mesh)
   wanted = zip(range(config.train.held_out_batches), clips, strict=False)
   batches = [to_devices(parts, captions, batch) for _, batch in wanted]

@@ -85,6 +85,11 @@ class Pattern(NamedTuple):
     """Over which keys go round or heads are exchanged."""
     return ("seq",) if self.nearby else CLIP
 
+  @property
+  def transfers(self) -> int:
+    """Arrays that a device sends in a turn of a ring: keys, values and their gradients, each in so many parts."""
+    return 8 if self.both else 4
+
   def split(self, mesh: Mesh, heads: int) -> tuple[int, int]:
     """(devices of the axes, how many of them exchange heads)."""
     devices = math.prod(mesh.shape[axis] for axis in self.axes)

@@ -24,12 +24,6 @@ BATCH = ("data", "fsdp")  # the axes that split a replica's part of a batch, and
 ROWS = (REPLICA, *BATCH)  # those that split a whole batch
 CLIP = ("clip", "seq")  # those that split the tokens of one clip
 WEIGHTS = ("fsdp", *CLIP)  # those that split weights
-# Platform -> what XLA is told so that all a ring sends in a turn, at most 8 arrays, travels while its kernels work: by
-# default cards have one transfer under way at once, and TPUs, which do not know what a kernel costs, start late.
-OVERLAP = {
-  "gpu": {"xla_gpu_experimental_parallel_collective_overlap_limit": 8},
-  "tpu": {"xla_tpu_use_aggressive_scheduling": True, "xla_max_concurrent_async_collective_permutes": 8},
-}
 
 
 def simulate(count: int) -> None:
@@ -118,11 +112,18 @@ def device_kind(mesh: Mesh) -> str:
   return mesh.devices.flat[0].device_kind
 
 
-def compiler_options(mesh: Mesh) -> dict[str, bool | int]:
-  """For `jax.jit`, of what uses rings. Options that XLA_FLAGS or LIBTPU_INIT_ARGS name are left to them."""
+def compiler_options(mesh: Mesh, transfers: int) -> dict[str, bool | int]:
+  """What XLA is told, through `jax.jit`, so that so many transfers to neighbours are under way while kernels work.
+
+  By default it lets cards have one, and starts those of TPUs late, where it does not know what a kernel costs. Options
+  that XLA_FLAGS or LIBTPU_INIT_ARGS name are left to them.
+  """
+  told = {
+    "gpu": {"xla_gpu_experimental_parallel_collective_overlap_limit": transfers},
+    "tpu": {"xla_tpu_use_aggressive_scheduling": True, "xla_max_concurrent_async_collective_permutes": transfers},
+  }.get(mesh.devices.flat[0].platform, {})
   named = os.environ.get("XLA_FLAGS", "") + os.environ.get("LIBTPU_INIT_ARGS", "")
-  options = OVERLAP.get(mesh.devices.flat[0].platform, {})
-  return {name: value for name, value in options.items() if name not in named}
+  return {name: value for name, value in told.items() if name not in named}
 
 
 def clip_shards(mesh: Mesh) -> int:

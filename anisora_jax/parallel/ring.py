@@ -87,11 +87,13 @@ class Route(NamedTuple):
     devices = lax.axis_size(self.axes)
 
     def on(x):
-      parts = [lax.ppermute(x[:, part], self.axes, [(i, (i + way * self.apart) % devices) for i in range(devices)])
-               for way, part in self.ways(x.shape[1])]
-      return jnp.concatenate(parts, 1) if len(parts) > 1 else parts[0]
+      return [lax.ppermute(x[:, part], self.axes, [(i, (i + way * self.apart) % devices) for i in range(devices)])
+              for way, part in self.ways(x.shape[1])]
 
-    return jax.tree.map(on, block)
+    halves = [on(x) for x in block]
+    if self.both:  # all arrive before any goes on, or XLA joins this hop of one with the next hop of another
+      halves = lax.optimization_barrier(halves)
+    return tuple(jnp.concatenate(parts, 1) if len(parts) > 1 else parts[0] for parts in halves)
 
   def ids(self, ids: AllIds, turn: Array | int) -> Ids:
     """Of this device's queries, and of the keys that are here at that turn."""
@@ -189,7 +191,8 @@ def _ring_backward(route, kernel, saved, do):
       sums = join(sums, block, size - 1)
     dq, others = sums
     short = jax.tree.map(lambda x: x.astype(k.dtype), others)  # no more is added to them on the way
-    dq, (dk, dv) = join((dq, short), (k, v), 0)
+    own, short = lax.optimization_barrier(((k, v), short))  # not before these can leave
+    dq, (dk, dv) = join((dq, short), own, 0)
   return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 

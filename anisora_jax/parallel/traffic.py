@@ -54,7 +54,9 @@ def _sends(line: str) -> tuple[str, float] | None:
     return None
   kind, sizes = found[2], _sizes(found[1])
   if kind == "collective-permute":
-    return kind, float(max(sizes) if found[3] else sum(sizes))
+    if found[3]:  # its type lists what goes in, and then what comes out
+      sizes = sizes[:line[found.end():].partition(")")[0].count("%")]
+    return kind, float(sum(sizes))
   g, size = _group(line), float(sum(sizes))
   if kind == "reduce-scatter":
     size *= g  # the type is that of what is left
