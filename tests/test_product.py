@@ -91,9 +91,3 @@ def test_what_is_left_out_is_refused_and_nothing_else():
       said = str(mistake)
     expected = lack(pattern, split, mask, kernel)
     assert said.startswith(expected) and bool(said) == bool(expected), (pattern, split, mask, kernel, said)
-
-
-@pytest.mark.parametrize("kernel", sorted(set(LOCAL) - set(KERNELS)))
-def test_a_kernel_that_is_left_out_cannot_run_here(kernel):
-  with pytest.raises(BadInput, match="needs a GPU, here is a cpu"):
-    attention.check("ring", kernel, on(1, 2), 4, "bfloat16")
