@@ -6,7 +6,8 @@
 Attention, forward and backward, counts 4 l^2 d FLOPs forward and 2.5 times that backward, where logits are made again;
 it is held against the rate of one large matrix product, measured in the same run, and where torch sees the card against
 its scaled_dot_product_attention. All in bf16. A ring of 8 is worked on one card, turn by turn, its hops copies: what
-blocks cost, and by how much their sum differs from dense attention in f32. The layer is that of Wan 14B between the
+blocks cost, and by how much their sum differs from dense attention in f32. (The blocks of a turn are one call, which
+fills the card better than the single block of a device of a ring.) The layer is that of Wan 14B between the
 network's ends.
 """
 
@@ -160,6 +161,9 @@ def main() -> None:
     raise BadInput("here is no NVIDIA GPU: run it where one is, or add --try.")
   kernel, name = ("cudnn", "wan21_t2v_14b") if card else ("blockwise", "tiny")
   peak = product(8192 if card else 256, FLAGS.rounds)
+  for length in (*FLAGS.lengths, str(FLAGS.exact)):
+    if int(length) % RING:
+      raise BadInput(f"{length} tokens are no {RING} equal blocks: choose multiples of {RING}.")
   for length in FLAGS.lengths:
     for heads in FLAGS.heads:
       for line in attention(int(length), int(heads), kernel, peak):

@@ -11,27 +11,28 @@ from jax._src.interpreters import mlir
 F32 = {"preferred_element_type": jnp.float32}
 
 
-def logits(q, k, lengths, scale, mask_type, layout, **options):
-  """[b, a, l, s] in f32, -inf for keys beyond the length; queries beyond theirs are the caller's loss."""
+def logits(q, k, q_lengths, k_lengths, scale, mask_type, layout, **options):
+  """[b, a, l, s] in f32, -inf for keys beyond their length; no number for queries beyond theirs."""
   assert layout == fused.AttentionLayout.BTNH.value and options["variadic_args"] == (False, False)
   assert not options["dropout_rate"] and options["sliding_window_length"] is None
   found = jnp.einsum("blak,bsak->bals", q, k, **F32) * scale
   if mask_type == fused.MaskType.NO_MASK:
     return found
   assert mask_type == fused.MaskType.PADDING
-  return jnp.where(jnp.arange(k.shape[1]) < lengths[:, None, None, None], found, -jnp.inf)
+  found = jnp.where(jnp.arange(k.shape[1]) < k_lengths[:, None, None, None], found, -jnp.inf)
+  return jnp.where(jnp.arange(q.shape[1])[:, None] < q_lengths[:, None, None, None], found, jnp.nan)
 
 
 def forward(q, k, v, bias, q_lengths, k_lengths, *none, is_training, **options):
   assert is_training
-  found = logits(q, k, k_lengths, **options)
+  found = logits(q, k, q_lengths, k_lengths, **options)
   o = jnp.einsum("bals,bsak->blak", jax.nn.softmax(found), v, **F32)
   return [o.astype(q.dtype), jax.nn.logsumexp(found, -1)]
 
 
 def backward(q, k, v, bias, q_lengths, k_lengths, *rest, **options):
   *_, lse, o, do = rest
-  weights = jnp.exp(logits(q, k, k_lengths, **options) - lse[..., None])
+  weights = jnp.nan_to_num(jnp.exp(logits(q, k, q_lengths, k_lengths, **options) - lse[..., None]))
   delta = jnp.einsum("blak,blak->bal", o, do, **F32)
   dlogits = weights * (jnp.einsum("blak,bsak->bals", do, v, **F32) - delta[..., None]) * options["scale"]
   dq, dk = jnp.einsum("bals,bsak->blak", dlogits, k, **F32), jnp.einsum("bals,blak->bsak", dlogits, q, **F32)

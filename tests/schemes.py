@@ -18,7 +18,7 @@ from anisora_jax.parallel.sight import ALL, Rule
 
 # ulysses: of 8 devices each needs a head; hybrid, local_global: of 4 and 8, two exchange and the others ring.
 HEADS = {"full": 3, "ring": 3, "ring_both": 3, "ulysses": 8, "hybrid": 6, "local_global": 2}
-FRAMES, WIDTH = 5, 4
+FRAMES, WIDTH = 5, 8
 SEEN = {  # which frames each frame sees
   ALL: "11111 11111 11111 11111 11111",
   Rule(causal=True): "10000 11000 11100 11110 11111",

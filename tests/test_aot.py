@@ -216,6 +216,37 @@ def test_a_small_network_is_compiled_for_devices_that_are_not_here(target, kerne
   assert all(kind in account["sends"] for kind in sends)
 
 
+RING = """
+import sys
+from anisora_jax.parallel import mesh, targets, traffic
+from anisora_jax.models.attention import PATTERNS
+target, kernel, pattern = sys.argv[1:]
+scheme, there = PATTERNS[pattern], mesh.build({"seq": 4}, devices=targets.devices(target))
+import jax
+split = jax.NamedSharding(there, jax.P(None, None, "seq"))
+array = jax.ShapeDtypeStruct((1, 21, 1560, 12, 128), "bfloat16", sharding=split)
+
+def both(q, k, v, do):
+  o, back = jax.vjp(lambda *parts: scheme(*parts, None, there, kernel), q, k, v)
+  return o, back(do)
+
+run = jax.jit(both).lower(*[array] * 4)
+for options in (mesh.compiler_options(there, scheme.transfers), {}):
+  print("hidden", *traffic.hidden(run.compile(options).as_text()))
+"""
+
+
+@pytest.mark.parametrize(("target", "kernel", "pattern"), [
+  ("v5p:2x2x1", "splash", "ring"), ("v5p:2x2x1", "splash", "ring_both"), ("h200:4", "cudnn", "ring")])
+def test_what_a_ring_sends_hides_behind_its_kernels(target, kernel, pattern):
+  """But for the first hop of the backward pass, before which there is nothing here."""
+  if command := targets.missing(target.partition(":")[0]):
+    pytest.skip(f"what compiles for {target} is not installed: {command}")
+  done = subprocess.run([sys.executable, "-c", RING, target, kernel, pattern], cwd=ROOT, capture_output=True, text=True)
+  told, default = [[int(x) for x in line.split()[1:]] for line in done.stdout.splitlines() if line.startswith("hidden")]
+  assert told[1] - told[0] <= 4 and told[0] > default[0], (told, default)
+
+
 @pytest.mark.parametrize(("text", "beside"), [
   ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (3.00G) exceeds", 3),
   ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 4.00G of 2.00G hbm.", 3)])

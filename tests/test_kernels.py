@@ -97,7 +97,7 @@ def marks(draw, l: int, s: int, rule: Rule | None):
 
 
 @pytest.mark.parametrize("rule", [None, ALL, *RULES], ids=str)
-@pytest.mark.parametrize(("l", "s"), [(1, 1), (30, 30), (33, 33), (57, 57), (130, 130), (1, 40), (600, 130)])
+@pytest.mark.parametrize(("l", "s"), [(1, 1), (30, 30), (33, 33), (57, 57), (130, 130), (1, 40), (34, 19), (600, 130)])
 @pytest.mark.parametrize("name", BLOCKS)
 def test_values_and_gradients_are_those_of_softmax(name, l, s, rule):
   if not takes(name, rule) or (rule and l in (1, 30, 57)):
@@ -160,17 +160,19 @@ def test_bf16_inputs_meet_an_f32_softmax(name):
   assert all(apart(x.astype(jnp.float32), true) < 1e-2 for x, true in zip(got, want[:4], strict=True))
 
 
+@pytest.mark.parametrize(("dtype", "most"), [(jnp.float32, 1e-5), (jnp.bfloat16, 1e-2)])
 @pytest.mark.parametrize("name", BLOCKS)
-def test_a_ring_of_mapped_devices_is_one_softmax(name):
-  """As replicas are mapped, and as benchmarks work a ring on one card; of odd shares."""
+def test_a_ring_of_mapped_devices_is_one_softmax(name, dtype, most):
+  """As a ring is worked on one device; of odd shares. In bf16 each block's results are rounded, and their sum."""
   def share(q, k, v, do):
     o, back = jax.vjp(lambda *parts: ring(*parts, None, Route(("seq",)), LOCAL[name].block), q, k, v)
     return [o, *back(do)]
 
-  parts = arrays(24, 24)
+  parts = arrays(24, 24, dtype, 16)
   shares = [rearrange(x, "b (r l) a k -> r b l a k", r=8) for x in parts]
   made = jax.jit(jax.vmap(share, axis_name="seq"), compiler_options=QUICK)(*shares)
-  assert_equal([rearrange(x, "r b l a k -> b (r l) a k") for x in made], witness(*parts, None)[:4])
+  for got, want in zip(made, witness(*parts, None)[:4], strict=True):
+    assert got.dtype == dtype and apart(rearrange(got.astype(jnp.float32), "r b l a k -> b (r l) a k"), want) < most
 
 
 def layers(name: str, policy: str, parts):

@@ -74,7 +74,8 @@ def test_all_are_one_softmax(pattern, split, mask, kernel):
 
 @pytest.mark.parametrize(("pattern", "split", "mask", "kernel", "length"), [
   ("full", (1, 1), "nothing", "dense", 33), ("ring", (1, 2), "segments", "splash", 57),
-  ("ring_both", (1, 4), "causal", "blockwise", 30), ("ulysses", (2, 1), "causal+window+globals", "dense", 33),
+  ("ring", (1, 3), "segments", "dense", 33), ("ring_both", (1, 4), "causal", "blockwise", 30),
+  ("ulysses", (2, 1), "causal+window+globals", "dense", 33),
   ("local_global", (2, 2), "window+globals", "blockwise", 30), ("hybrid", (2, 2), "causal+window", "dense", 33),
   ("local_global", (8, 1), "window", "dense", 32), ("ring", (4, 1), "nothing", "cudnn", 33)], ids=named)
 def test_some_of_all_are_one_softmax(pattern, split, mask, kernel, length):

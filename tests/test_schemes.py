@@ -78,7 +78,7 @@ def test_every_scheme_is_one_softmax_and_has_its_collectives(pattern, clip, seq,
   assert counts["all-to-all"] == (8 * len(chosen) if together > 1 else 0)
   hops = 2 * ways(pattern, shards) * (shards // together - 1)  # of keys and values, one round
   assert counts["collective-permute"] == 3 * hops * len(chosen)
-  assert set(counts) <= {"all-to-all", "collective-permute", "all-reduce"}  # the sums of `one_after_another`
+  assert set(counts) <= {"all-to-all", "collective-permute", "all-reduce"}  # the sums of `schemes`
   assert overtaking(hlo) == []
 
 

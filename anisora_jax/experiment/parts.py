@@ -84,7 +84,9 @@ class Parts:
   @property
   def compiler_options(self) -> dict[str, bool | int]:
     """Of programs that work the network, for `jax.jit`."""
-    return meshes.compiler_options(self.mesh, attention.PATTERNS[self.network.pattern].transfers)
+    pattern = attention.PATTERNS[self.network.pattern]
+    devices, together = pattern.split(self.mesh, self.size.heads)
+    return meshes.compiler_options(self.mesh, pattern.transfers) if together < devices else {}
 
 
 def velocity(network: WanDiT, scale: float, params: PyTree, x, t, condition, text):

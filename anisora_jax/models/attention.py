@@ -87,7 +87,7 @@ class Pattern(NamedTuple):
 
   @property
   def transfers(self) -> int:
-    """Arrays that a device sends in a turn of a ring: keys, values and their gradients, each in so many parts."""
+    """Arrays that a device sends in a turn of a ring: keys, values and their gradients, or the halves of each."""
     return 8 if self.both else 4
 
   def split(self, mesh: Mesh, heads: int) -> tuple[int, int]:

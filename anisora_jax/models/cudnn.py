@@ -14,7 +14,7 @@ from anisora_jax.parallel.ring import Ids, Kernel, Keys, LogSum, Queries
 
 
 def _even(x: Float[Array, "b l a k"]) -> Float[Array, "b t a k"]:
-  """JAX lets cuDNN train on even lengths only."""
+  """JAX's own calls of cuDNN refuse to train on odd lengths, so that nobody has tried them."""
   return jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))
 
 
@@ -22,14 +22,17 @@ def _call(primitive, ids: Ids, q: Queries, k: Keys, v: Keys, *more: Array, **opt
   """more: what a backward pass needs besides, padded."""
   if ids is not None:
     raise BadInput("kernel 'cudnn' takes no segment ids or padding: choose tokens that divide, or kernel 'blockwise'.")
-  l, s = q.shape[1], k.shape[1]
+  l, s, width = q.shape[1], k.shape[1], q.shape[-1]
+  if width % 8 or width > 256:
+    raise BadInput(f"kernel 'cudnn' takes heads whose width is a multiple of 8 and at most 256, got {width}: use "
+                   "'blockwise'.")
   even = l % 2 == s % 2 == 0
   none = jnp.zeros(0, q.dtype)
   zeros = 0 * q[:, 0, 0, 0].astype(jnp.int32)  # under vmap JAX wants lengths that are mapped as q is
   lengths = (none, none) if even else (zeros + l, zeros + s)
   # Not given: a bias, offsets of packed clips and tables of pages.
   return primitive.bind(
-    _even(q), _even(k), _even(v), none, *lengths, none, none, none, none, *more, scale=q.shape[-1] ** -0.5, seed=0,
+    _even(q), _even(k), _even(v), none, *lengths, none, none, none, none, *more, scale=width ** -0.5, seed=0,
     dropout_rate=0.0, variadic_args=(False, False), sliding_window_length=None,
     mask_type=fused.MaskType.NO_MASK if even else fused.MaskType.PADDING, layout=fused.AttentionLayout.BTNH.value,
     **options)

@@ -4,9 +4,9 @@ Softmax over all keys is rebuilt from the partial results of the blocks (o_i, lo
   lse = log sum_i exp(lse_i),   o = sum_i exp(lse_i - lse) o_i.
 The backward pass sends the gradients of a block of keys along with the block, so that they come home after one round,
 while its own device works on it, last; queries never move. Transfers are issued before the block is worked on, so that
-they hide behind the arithmetic. Of r devices each sends keys and values r - 1 times forward and r - 1 times backward,
-and their gradients r - 1 times, in f32 but for the last. Both ways at once, half of every block each way, no link
-carries more than half of that.
+they hide behind the arithmetic, and the first of the backward pass behind what comes before it. Of r devices each sends
+keys and values r - 1 times forward and r - 1 times backward, and their gradients r - 1 times, in f32 but for the last.
+Both ways at once, half of every block each way, no link carries more than half of that.
 From: Liu et al. 2023, arXiv:2310.01889; the partial softmax is Milakov and Gimelshein 2018, arXiv:1805.02867; both
 directions of a link are used by TokenRing, Wang et al. 2024, arXiv:2412.20501.
 """
@@ -91,7 +91,7 @@ class Route(NamedTuple):
               for way, part in self.ways(x.shape[1])]
 
     halves = [on(x) for x in block]
-    if self.both:  # all arrive before any goes on, or XLA joins this hop of one with the next hop of another
+    if len(halves[0]) > 1:  # all arrive before any goes on, or XLA joins this hop of one with the next hop of another
       halves = lax.optimization_barrier(halves)
     return tuple(jnp.concatenate(parts, 1) if len(parts) > 1 else parts[0] for parts in halves)
 
@@ -190,9 +190,9 @@ def _ring_backward(route, kernel, saved, do):
       (sums, block), _ = lax.scan(step, (sums, arriving), jnp.arange(2, size - 1), unroll=route.straight)
       sums = join(sums, block, size - 1)
     dq, others = sums
-    short = jax.tree.map(lambda x: x.astype(k.dtype), others)  # no more is added to them on the way
-    own, short = lax.optimization_barrier(((k, v), short))  # not before these can leave
-    dq, (dk, dv) = join((dq, short), own, 0)
+    others = jax.tree.map(lambda x: x.astype(k.dtype), others)  # nothing is added on the way home: it may be short
+    own, others = lax.optimization_barrier(((k, v), others))  # own work begins when they leave, so that they hide
+    dq, (dk, dv) = join((dq, others), own, 0)
   return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 

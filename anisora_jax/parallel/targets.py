@@ -11,12 +11,10 @@ import re
 import sys
 from importlib import metadata
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
@@ -126,8 +124,6 @@ def _tpus(target: str) -> list[jax.Device]:
 
 
 def _gpus(count: int) -> list[jax.Device]:
-  # JAX asks the installed cuDNN for its version, and none is: what it was built for is meant.
-  cudnn.cuda_versions = cudnn.cuda_versions or SimpleNamespace(cudnn_get_version=lambda: 91000)
   return topologies.get_topology_desc(platform="cuda", target_config=H200, topology=f"1x1x{count}").devices
 
 

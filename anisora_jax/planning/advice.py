@@ -36,7 +36,7 @@ def cost(size: Size, peak: float, link: float, exchanged: bool) -> Cost:
   """Of training a network in bf16. exchanged: heads are exchanged for tokens; else keys go round a ring.
 
   An exchange sends 8 arrays of width d a layer, forward and backward; a ring keys and values in both passes, in bf16,
-  and their gradients in f32.
+  and their gradients, as if all in f32.
   """
   rate, sends = OF_PEAK * peak, OF_LINK * link
   square = 3 * 4.0 * size.layers * size.width
