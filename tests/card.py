@@ -12,27 +12,30 @@ F32 = {"preferred_element_type": jnp.float32}
 
 
 def logits(q, k, q_lengths, k_lengths, scale, mask_type, layout, **options):
-  """[b, a, l, s] in f32, -inf for keys beyond their length; no number for queries beyond theirs."""
+  """([b, a, l, s] in f32, -inf for keys beyond their length; [b, 1, l, 1], whether a query is within its own)."""
   assert layout == fused.AttentionLayout.BTNH.value and options["variadic_args"] == (False, False)
   assert not options["dropout_rate"] and options["sliding_window_length"] is None
   found = jnp.einsum("blak,bsak->bals", q, k, **F32) * scale
   if mask_type == fused.MaskType.NO_MASK:
-    return found
+    return found, jnp.ones((len(q), 1, q.shape[1], 1), bool)
   assert mask_type == fused.MaskType.PADDING
-  found = jnp.where(jnp.arange(k.shape[1]) < k_lengths[:, None, None, None], found, -jnp.inf)
-  return jnp.where(jnp.arange(q.shape[1])[:, None] < q_lengths[:, None, None, None], found, jnp.nan)
+  q_known, k_known = (jnp.arange(x.shape[1]) < lengths[:, None] for x, lengths in ((q, q_lengths), (k, k_lengths)))
+  return jnp.where(k_known[:, None, None], found, -jnp.inf), q_known[:, None, :, None]
 
 
 def forward(q, k, v, bias, q_lengths, k_lengths, *none, is_training, **options):
+  """What it says of queries beyond their length is no number."""
   assert is_training
-  found = logits(q, k, q_lengths, k_lengths, **options)
+  found, known = logits(q, k, q_lengths, k_lengths, **options)
   o = jnp.einsum("bals,bsak->blak", jax.nn.softmax(found), v, **F32)
-  return [o.astype(q.dtype), jax.nn.logsumexp(found, -1)]
+  lse = jnp.where(known[..., 0], jax.nn.logsumexp(found, -1), jnp.nan)
+  return [jnp.where(known[:, 0, :, None], o, jnp.nan).astype(q.dtype), lse]
 
 
 def backward(q, k, v, bias, q_lengths, k_lengths, *rest, **options):
   *_, lse, o, do = rest
-  weights = jnp.nan_to_num(jnp.exp(logits(q, k, q_lengths, k_lengths, **options) - lse[..., None]))
+  found, known = logits(q, k, q_lengths, k_lengths, **options)
+  weights = jnp.where(known, jnp.exp(found - lse[..., None]), 0.0)
   delta = jnp.einsum("blak,blak->bal", o, do, **F32)
   dlogits = weights * (jnp.einsum("blak,bsak->bals", do, v, **F32) - delta[..., None]) * options["scale"]
   dq, dk = jnp.einsum("bals,bsak->blak", dlogits, k, **F32), jnp.einsum("bals,blak->bsak", dlogits, q, **F32)
