@@ -7,8 +7,8 @@
   python -m anisora_jax.sample --workdir out/i2v --first a.png --prompt "..." --out film
 
 Mesh: fsdp = 8 on 8 H200; on 64 v5p fsdp = 16, seq = 4 with kernel splash. Memory of a device in GiB, by --dry_run
---target h200:8: full 77.9, lora 41.1; full with --config.data.buckets=81x720x1280@1/8, one clip shared by all 8: 52.5.
---target v5p:4x4x4, 16 clips of 81x720x1280, full: 28.3.
+--target h200:8: full 77.8, lora 41.3; full with --config.data.buckets=81x720x1280@1/8, one clip shared by all 8: 53.0.
+--target v5p:4x4x4, 16 clips of 81x720x1280, full, with model.remat=full and model.attention=ring: 19.4.
 Record: not yet measured.
 """
 

@@ -239,7 +239,7 @@ for options in (mesh.compiler_options(there, scheme.transfers), {}):
 @pytest.mark.parametrize(("target", "kernel", "pattern"), [
   ("v5p:2x2x1", "splash", "ring"), ("v5p:2x2x1", "splash", "ring_both"), ("h200:4", "cudnn", "ring")])
 def test_what_a_ring_sends_hides_behind_its_kernels(target, kernel, pattern):
-  """But for the first hop of the backward pass, before which there is nothing here."""
+  """But for two hops of keys and values, which XLA lays beside others here; in a network's step all hide."""
   if command := targets.missing(target.partition(":")[0]):
     pytest.skip(f"what compiles for {target} is not installed: {command}")
   done = subprocess.run([sys.executable, "-c", RING, target, kernel, pattern], cwd=ROOT, capture_output=True, text=True)

@@ -284,6 +284,12 @@ def test_cudnn_refuses_segments_also_where_nothing_was_checked():
     LOCAL["cudnn"].attend(q, k, v, (Marks(jnp.zeros((2, 8), jnp.int32)),) * 2)
 
 
+@pytest.mark.parametrize("width", [12, 264])
+def test_cudnn_refuses_heads_that_are_too_wide_or_no_multiple_of_8(width):
+  with pytest.raises(BadInput, match=f"a multiple of 8 and at most 256, got {width}: use 'blockwise'"):
+    LOCAL["cudnn"].attend(*arrays(8, 8, jnp.bfloat16, width)[:3])
+
+
 def test_splash_refuses_rules_of_frames_also_where_nothing_was_checked():
   q, k, v, _ = arrays(8, 8)
   zeros = jnp.zeros((2, 8), jnp.int32)
