@@ -13,7 +13,6 @@ from pathlib import Path
 
 if __name__ == "__main__":
   sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-  sys.modules["torch"] = None  # tensorboardX loads it where it is installed, and these runs are many
 
 import jax
 import jax.numpy as jnp

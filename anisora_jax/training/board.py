@@ -1,7 +1,7 @@
 """Scalars for TensorBoard.
 
-tensorboardX frames and encodes them, but its writer is not used: it is a thread behind a queue, and once a full disk
-has killed that thread, the trainer waits at the queue for ever and takes no signal.
+TensorBoard's own records and checksums, but not its writer: that is a thread behind a queue, and once a full disk has
+killed the thread, the trainer waits at the queue for ever and takes no signal.
 """
 
 import os
@@ -11,9 +11,9 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
-from tensorboardX.record_writer import masked_crc32c
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 
 from anisora_jax.training.append import Append
 
