@@ -7,6 +7,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+from hosts import host_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_loaders import clip_of, write_folder
@@ -111,7 +112,7 @@ SIZES = "5x32x64@4,5x64x32@2,5x16x32@2"
 
 @pytest.mark.parametrize("hosts", [1, 2])
 def test_every_record_comes_once_a_pass_in_its_own_bucket_on_any_number_of_hosts(folder, hosts):
-  parts = [Batches(folder, deal(SIZES), fps=12, shard=(host, hosts), seed=1) for host in range(hosts)]
+  parts = [Batches(folder, deal(SIZES), fps=12, share=host_of(host, hosts), seed=1) for host in range(hosts)]
   assert parts[0].length == 15
   seen, shapes = Counter(), {}
   for _ in range(2 + 3 + 2):  # 7 / 4, 5 / 2, 3 / 2, rounded up

@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 import pytest
 import tensorflow_datasets as tf_datasets
+from hosts import host_of
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -226,11 +227,22 @@ def test_the_global_order_is_the_same_for_one_two_and_four_hosts(folders, mixed)
   sources, sizes = (f"{folders[0]}=3,{folders[1]}=1", "5x32x48@8,1x16x16@4:3") if mixed else (folders[0], "5x32x48@8")
   whole = draw(Batches(sources, sizes, fps=12, seed=7), 12)
   for hosts in (2, 4):
-    parts = [draw(Batches(sources, sizes, fps=12, seed=7, shard=(host, hosts)), 12) for host in range(hosts)]
+    parts = [draw(Batches(sources, sizes, fps=12, seed=7, share=host_of(host, hosts)), 12) for host in range(hosts)]
     for batch, *rows in zip(whole, *parts, strict=True):
       joined = {key: np.concatenate([part[key] for part in rows]) for key in ("frames", "character", "id", "ok")}
       assert same(batch, joined | {"caption": [caption for part in rows for caption in part["caption"]]})
   assert len({batch["frames"].shape for batch in whole}) == (2 if mixed else 1)
+
+
+def test_a_host_may_hold_any_parts_and_of_each_bucket_others(folders):
+  sizes, held = "5x32x48@8,1x16x16@4:3", {"5x32x48": ([0, 2], 4), "1x16x16": ([1], 2)}
+  whole = draw(Batches(folders[0], sizes, fps=12, seed=7), 12)
+  mine = draw(Batches(folders[0], sizes, fps=12, seed=7, share=lambda b: held[f"{b.frames}x{b.height}x{b.width}"]), 12)
+  rows = {5: [0, 1, 4, 5], 1: [2, 3]}
+  for batch, part in zip(whole, mine, strict=True):
+    places = rows[batch["frames"].shape[1]]
+    assert same({**{key: batch[key][places] for key in ("frames", "character", "id", "ok")},
+                 "caption": [batch["caption"][place] for place in places]}, part)
 
 
 def test_a_host_reads_its_share_only(folders, monkeypatch):
@@ -241,7 +253,7 @@ def test_a_host_reads_its_share_only(folders, monkeypatch):
       read.append(number)
     return original(self, number)
   monkeypatch.setattr(records.Records, "__getitem__", noted)
-  batches = Batches(folders[0], "5x32x48@4", fps=12, shard=(1, 2), threads=0)
+  batches = Batches(folders[0], "5x32x48@4", fps=12, share=host_of(1, 2), threads=0)
   ids = np.concatenate([batch["id"] for batch in draw(batches, 7)])
   assert read == ids.tolist() and len(read) == 14
 
@@ -260,7 +272,7 @@ def test_seeking_continues_as_if_never_stopped_also_on_other_hosts(folders, size
   assert all(same(one, other) for one, other in zip(after, draw(resumed, 4), strict=True))
   resumed.seek({"global_next_index": 0})
   assert all(same(one, other) for one, other in zip(before, draw(resumed, 5), strict=True))
-  second = Batches(source, sizes, fps=12, shard=(1, 2))
+  second = Batches(source, sizes, fps=12, share=host_of(1, 2))
   second.seek(position)
   for one, half in zip(after, draw(second, 4), strict=True):
     assert (one["id"][len(one["id"]) // 2:] == half["id"]).all()
@@ -292,7 +304,7 @@ def test_sources_and_buckets_have_orders_of_their_own(folders):
 
 @pytest.mark.parametrize("hosts", [1, 2])
 def test_held_out_clips_come_once_each_in_order_from_their_first_frame(folders, hosts):
-  parts = [list(Batches(",".join(folders), "5x32x48@4", fps=12, split="held_out", shard=(host, hosts)))
+  parts = [list(Batches(",".join(folders), "5x32x48@4", fps=12, split="held_out", share=host_of(host, hosts)))
            for host in range(hosts)]
   ids, ok = (np.concatenate([np.concatenate([part[key] for part in rows]) for rows in zip(*parts, strict=True)])
              for key in ("id", "ok"))
@@ -389,8 +401,7 @@ def test_a_folder_that_lost_something_is_one_clear_line(tmp_path, harm, words):
   ("{0}", "9x32x48@2:0", {}, "must have positive"),
   ("{0}", "9x32x48@2:1,9x16x16@2:0.0001", {}, "gets none of 1000 batches"),
   ("{0}", "13x32x48@2", {}, "asks for 13 frames, .* last 1 s, 12 frames at 12 fps; .* pack with --clip_seconds 1.1"),
-  ("{0}", "9x32x48@3", {"shard": (0, 2)}, "does not divide among 2 hosts"),
-  ("{0}", "9x32x48@2", {"shard": (2, 2)}, "host 2 of 2"),
+  ("{0}", "9x32x48@3", {"share": host_of(0, 2)}, "does not divide into 2 parts"),
   ("{0}", "9x32x48@2", {"split": "test"}, "no split is named 'test': allowed are train, held_out"),
   ("{0}", "9x32x48@2", {"fps": 0}, "0.0 frames a second"),
   ("{0}", "9x32x48@2", {"seed": -1}, "seed is -1"),

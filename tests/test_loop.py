@@ -117,7 +117,8 @@ class Recorder:
 
   def effects(self) -> loop.Effects:
     return loop.Effects(
-      place=lambda batch: batch, work=lambda batch: (8, 100.0), wait=lambda: self.events.append("wait"),
+      place=lambda batch: batch, work=lambda batch: (8, 100.0),
+      ids=lambda batch: batch["id"], wait=lambda: self.events.append("wait"),
       held_out=lambda state: {"held_out": float(state.step)}, say=lambda line: self.events.append(line),
       save=lambda number, state, position: self.events.append(f"save {number} {position['global_next_index']}"),
       report=lambda number, measures: self.events.append(f"report {number} {min(measures)}"))

@@ -266,6 +266,43 @@ def test_host_batches_become_global_arrays_split_over_data_and_fsdp():
     assert (np.asarray(x) == batch[name]).all() and x.sharding.shard_shape(x.shape)[0] == 2
 
 
+@dataclass(frozen=True)
+class Device:
+  """One that is not here. GPUs of a machine are a slice to XLA."""
+
+  platform: str
+  id: int = 0
+  process_index: int = 0
+
+  @property
+  def slice_index(self) -> int:
+    return self.process_index
+
+
+def devices(hosts):
+  """GPUs, one on each of these hosts."""
+  return [Device("gpu", n, host) for n, host in enumerate(hosts)]
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 16}, {"seq": 16}, {"data": 2, "fsdp": 4, "seq": 2}], ids=str)
+def test_a_mesh_may_reach_over_machines_with_gpus(sizes):
+  there = mesh.build(sizes, devices=devices([n // 8 for n in range(16)]))
+  assert [device.id for device in there.devices.flat] == list(range(16))
+
+
+@pytest.mark.parametrize(("hosts", "sizes", "parts"), [
+  ([0, 0, 1, 1], {"fsdp": 4}, ([0, 1], 4)), ([0, 1, 0, 1], {"fsdp": 4}, ([0, 2], 4)),
+  ([1, 1, 0, 0], {"data": 2, "tensor": 2}, ([1], 2)), ([0, 1, 0, 1], {"fsdp": 2, "seq": 2}, ([0, 1], 2)),
+  ([0, 0, 1, 1, 2, 2, 3, 3], {"data": 2, "seq": 4}, ([0], 2)), ([0, 0, 1, 1], {"seq": 4}, ([0], 1))], ids=str)
+def test_a_host_holds_the_parts_of_a_batch_that_its_devices_work_on(hosts, sizes, parts):
+  assert mesh.held(mesh.build(sizes, devices=devices(hosts))) == parts
+
+
+def test_hosts_that_would_hold_unequal_parts_are_refused():
+  with pytest.raises(BadInput, match="hosts would hold 1 or 2 parts of a batch; choose axes that divide"):
+    mesh.held(mesh.build({"data": 3, "seq": 2}, devices=devices([0, 0, 0, 0, 1, 1])))
+
+
 def test_weights_stay_within_a_slice_of_tpus():
   """Two slices, whose devices come mixed: their replicas are whole, and fsdp over both is refused."""
   there = [SimpleNamespace(id=n, slice_index=n % 2, platform="cpu", device_kind="pod", process_index=0)
@@ -309,13 +346,6 @@ def test_attention_that_cannot_run_is_refused_in_one_line(shape, pattern, kernel
     attention.check(pattern, kernel, on_mesh(shape), heads, dtype)
   assert "\n" not in str(mistake.value)
   attention.check("ring", "dense", on_mesh((1, 1, 1, 2, 4)), 8, "float32")
-
-
-@dataclass(frozen=True)
-class Device:
-  """One that is not here."""
-
-  platform: str
 
 
 def posing(platform: str) -> Mesh:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import stored
+from hosts import host_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from quick import QUICK
@@ -134,7 +135,7 @@ def test_rows_are_the_same_on_any_number_of_hosts_and_after_any_stop(folder, tex
   whole = Batches(folder, deal(text), fps=12, seed=3)
   before, position = draw(whole, 6), whole.position
   after = draw(whole, 6)
-  parts = [draw(Batches(folder, deal(text), fps=12, seed=3, shard=(host, 2)), 12) for host in range(2)]
+  parts = [draw(Batches(folder, deal(text), fps=12, seed=3, share=host_of(host, 2)), 12) for host in range(2)]
   for batch, one, other in zip(before + after, *parts, strict=True):
     joined = {name: one[name] + other[name] if name == "caption" else np.concatenate([one[name], other[name]])
               for name in batch}

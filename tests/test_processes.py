@@ -117,6 +117,42 @@ def test_two_processes_stopped_by_one_signal_and_resumed_train_as_one_process_do
     assert [row[name] for row in two.values()] == pytest.approx([row[name] for row in one.values()], rel=1e-6)
 
 
+@pytest.mark.parametrize("mesh", ["--config.mesh.seq=8", "--config.mesh.clip=4 --config.mesh.data=2"])
+def test_processes_that_share_clips_train_as_one_process_does(mesh, start, records, tmp_path):
+  words = (*TRAIN[:7], "--config.train.steps=2", "--config.optimizer.warmup=1", "--config.mesh.fsdp=1", *mesh.split(),
+           f"--config.data.records={records}")
+  ends([start(*words, f"--workdir={tmp_path / 'one'}", "--cpu_devices=8")])
+  ends(pair(start, *words, f"--workdir={tmp_path / 'two'}"))
+  one, two = (steps(tmp_path / folder) for folder in ("one", "two"))
+  assert [row["records"] for row in one.values()] == [row["records"] for row in two.values()] and len(one) == 2
+  assert [row["loss"] for row in two.values()] == pytest.approx([row["loss"] for row in one.values()], rel=1e-6)
+
+
+MIXED = """
+import sys
+import numpy as np
+from anisora_jax.parallel import mesh, processes, rows
+mesh.simulate(2)
+processes.join(processes.Meeting(f"localhost:{sys.argv[1]}", 2, int(sys.argv[2])))
+import jax
+first, second, third, fourth = jax.devices()
+for sizes in ({"fsdp": 4}, {"fsdp": 2, "seq": 2}):
+  there = mesh.build(sizes, devices=[first, third, second, fourth])
+  own, parts = mesh.held(there)
+  whole = np.arange(8) * 2**40
+  mine = whole.reshape(parts, -1)[own].ravel()
+  assert (mesh.gather(there, mine) == whole).all()
+  doubled = jax.jit(lambda x: 2 * x)
+  assert (rows.through(there, doubled, {"x": mine[:-1].astype(np.float32)}) == 2 * mine[:-1]).all()
+"""
+
+
+def test_rows_come_to_their_places_where_the_devices_of_hosts_are_mixed(environment):
+  port = free_port()
+  ends([subprocess.Popen([sys.executable, "-c", MIXED, str(port), str(number)], cwd=ROOT, text=True, env=environment,
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE) for number in (0, 1)])
+
+
 def test_two_processes_make_the_film_that_one_makes(trained, start):
   folder = trained[1]
   words = ("sample", f"--workdir={folder}", "--held_out=1", "--tasks=first", "--show=1", "--steps=2")

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -114,6 +115,7 @@ def train(folder: Path, steps: int, devices: int, seconds: float) -> None:
       effects = loop.Effects(
         place=partial(place, mesh), work=lambda batch: (BATCH, 1e3), held_out=lambda now: {"held_out": 1.0},
         save=lambda number, now, position: checkpoints.save(number, now, position, {}),
+        ids=lambda batch: multihost_utils.process_allgather(batch["id"].astype(np.int32), tiled=True),
         wait=checkpoints.wait, report=measures, say=measures.say)
       _, number, stopped = loop.run(now, step, numbers, loop.Due(steps, report=1, checkpoint=4), effects, stop,
                                     report.Clock())

@@ -201,6 +201,7 @@ def train(config: ConfigDict, folder: Path, say: Callable[[str], None] = print) 
         effects = loop.Effects(
           place=lambda batch: to_devices(way(batch), captions, batch),
           work=partial(_work, parts),
+          ids=lambda batch: meshes.gather(way(batch).mesh, batch["id"]),
           held_out=held_out_loss(parts, config, frozen, captions) if config.train.held_out else lambda _: {},
           save=lambda number, now, position: checkpoints.save(number, now, position, plain),
           wait=checkpoints.wait, report=out, say=out.say)

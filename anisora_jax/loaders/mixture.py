@@ -2,8 +2,8 @@
 
 The batch with global number g is a function of (sources, buckets, fps, seed, g): its bucket comes from the schedule,
 its records are the next ones in the order of that bucket, and each record's first frame is drawn from the record's
-place in that order. A host computes the rows that are its own and reads no other record. So the order is the same for
-any number of hosts, and the position of a run is one integer, which may be restored on another number of hosts.
+place in that order. A host computes the parts of a batch that are its own and reads no other record. So the order is
+the same for any number of hosts, and the position of a run is one integer, which may be restored on another number.
 
 Within a bucket each source is shuffled anew for every epoch and goes round for ever; weights say how often each has its
 turn.
@@ -11,7 +11,7 @@ turn.
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,12 @@ from anisora_jax.loaders import buckets as bucket_sizes
 from anisora_jax.loaders.clips import Clips
 
 POSITION = "global_next_index"
+Share = Callable[[bucket_sizes.Bucket], tuple[Sequence[int], int]]  # which parts of a batch are a host's, of how many
+
+
+def whole(bucket: bucket_sizes.Bucket) -> tuple[Sequence[int], int]:
+  """The share of a host that has all parts of each batch."""
+  return [0], 1
 
 
 @dataclass(frozen=True)
@@ -123,25 +129,26 @@ def packed(sources: Sequence[Source], split: str, deal: assign.Deal, seed: int) 
 class _HostBatches:
   """Global batch number -> this host's rows of it. Grain reads it from several threads at once."""
 
-  def __init__(self, buckets: Sequence[bucket_sizes.Bucket], of_buckets: Sequence[Any], turns: Any,
-               shard: tuple[int, int]):
+  def __init__(self, buckets: Sequence[bucket_sizes.Bucket], of_buckets: Sequence[Any], turns: Any, share: Share):
     """of_buckets: place -> (row, what could not be read), of each. turns: global batch number -> Turn."""
-    self._buckets, self._rows, self._turns, self._shard = buckets, of_buckets, turns, shard
+    self._buckets, self._rows, self._turns = buckets, of_buckets, turns
+    self._shares = [share(bucket) for bucket in buckets]
 
   def __len__(self) -> int:
     return len(self._turns) if hasattr(self._turns, "__len__") else sys.maxsize
 
   def __getitem__(self, batch: int) -> dict[str, Any]:
     turn = self._turns[int(batch)]
-    bucket, (host, hosts) = self._buckets[turn.bucket], self._shard
-    count, bad = bucket.batch // hosts, []
+    bucket, (own, parts) = self._buckets[turn.bucket], self._shares[turn.bucket]
+    count, bad = bucket.batch // parts, []
 
-    def row(number: int) -> dict[str, Any]:
-      made, missed = self._rows[turn.bucket][turn.number * bucket.batch + host * count + number]
+    def row(place: int) -> dict[str, Any]:
+      made, missed = self._rows[turn.bucket][turn.number * bucket.batch + place]
       bad.extend(missed)
       return made
 
-    return {**rows.stacked(map(row, range(count)), count), "bad": bad}
+    places = [part * count + number for part in own for number in range(count)]
+    return {**rows.stacked(map(row, places), len(places)), "bad": bad}
 
 
 class Batches(Iterator[dict[str, Any]]):
@@ -152,10 +159,10 @@ class Batches(Iterator[dict[str, Any]]):
   repeats whose "ok" is 0.
 
   sources, buckets: as `parse` of this file and of buckets.py read them, or their text; or how records are dealt to
-  buckets. fps: frames a second of what is handed out. shard: (this host, number of hosts). threads: that decode, each a
-  batch; 0 decodes when asked. Raises BadInput.
+  buckets. fps: frames a second of what is handed out. share: of this host, in the batches of a bucket. threads: that
+  decode, each a batch; 0 decodes when asked. Raises BadInput.
 
-  A batch, rows b = the bucket's batch / hosts:
+  A batch, rows b = the bucket's batch x this host's share of the parts:
     of clips:   frames uint8 [b, F, H, W, 3], character bool [b, F, H, W] (the tracked one);
     of latents: latents, known float16 [b, f, h, w, c], mask bool [b, F, h, w], text [b, s, e], maybe image [b, i, y];
     of both:    caption list of b, id int64 [b] (source * 2**32 + record),
@@ -166,23 +173,23 @@ class Batches(Iterator[dict[str, Any]]):
   """
 
   def __init__(self, sources: str | Sequence[Source], buckets: str | Sequence[bucket_sizes.Bucket] | assign.Deal, *,
-               fps: float | int, split: str = "train", seed: int = 0, shard: tuple[int, int] = (0, 1),
-               threads: int = 2):
+               fps: float | int, split: str = "train", seed: int = 0, share: Share = whole, threads: int = 2):
     sources = parse(sources) if isinstance(sources, str) else tuple(sources)
     deal, fps = assign.Deal.of(buckets), float(fps)
-    _check(split, fps, seed, shard, threads)
+    _check(split, fps, seed, threads)
     for bucket in deal.buckets:
       if not bucket.batch:
         raise BadInput(f"bucket {bucket} has no batch: write ...@BATCH, as in 9x32x48@16, or give a budget of tokens.")
-      if bucket.batch % shard[1]:
-        raise BadInput(f"bucket {bucket}: a batch of {bucket.batch} does not divide among {shard[1]} hosts; take a "
+      parts = share(bucket)[1]
+      if bucket.batch % parts:
+        raise BadInput(f"bucket {bucket}: a batch of {bucket.batch} does not divide into {parts} parts: take a "
                        "multiple.")
     made = packed(sources, split, deal, seed) if deal.packed else clipwise(sources, split, deal, fps, seed)
     counts = [of_bucket.count for of_bucket in made]
     turns = assign.turns(deal, counts, seed) if split == "train" else [
       bucket_sizes.Turn(number, k) for number, bucket in enumerate(deal.buckets)
       for k in range(rows.batches(counts[number], bucket.batch))]
-    read = _HostBatches(deal.buckets, made, turns, shard)
+    read = _HostBatches(deal.buckets, made, turns, share)
     self.length = (max if deal.assign == "any" else sum)(of_bucket.clips for of_bucket in made)
     self.encoded = bool(deal.packed) or isinstance(made[0].sources[0], latents.Latents)
     self.bad: list[tuple[str, str]] = []
@@ -212,14 +219,12 @@ class Batches(Iterator[dict[str, Any]]):
     self._batches.close()
 
 
-def _check(split: str, fps: float, seed: int, shard: tuple[int, int], threads: int) -> None:
+def _check(split: str, fps: float, seed: int, threads: int) -> None:
   if split not in records.SPLITS:
     raise BadInput(f"no split is named {split!r}: allowed are {', '.join(records.SPLITS)}.")
   if not 0 < fps <= 1000:
     raise BadInput(f"{fps} frames a second: allowed are more than 0 up to 1000.")
   if not 0 <= seed < 2**32:
     raise BadInput(f"the loader's seed is {seed}: allowed are 0 to {2**32 - 1}.")
-  if not 0 <= shard[0] < shard[1]:
-    raise BadInput(f"host {shard[0]} of {shard[1]}: hosts count from 0 to one less than their number.")
   if not 0 <= threads <= 256:
     raise BadInput(f"{threads} loader threads: allowed are 0 to 256.")

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -33,7 +33,7 @@ def simulate(count: int) -> None:
 
 
 def build(sizes: Mapping[str, int] | None = None, count: int | None = None, alone: bool = False,
-          devices: Sequence[jax.Device] | None = None) -> Mesh:
+          devices: Sequence | None = None) -> Mesh:
   """A mesh with the axes `AXES`.
 
   sizes: devices along each axis, 1 where unnamed; one may be -1 and takes what is left. count: how many of the devices
@@ -57,6 +57,8 @@ def build(sizes: Mapping[str, int] | None = None, count: int | None = None, alon
     raise BadInput(f"mesh {_text(shape)} needs {math.prod(shape)} devices and there are {len(devices)}: "
                    f"choose sizes whose product is {len(devices)}, or set one to -1.")
   types = (AxisType.Auto,) * len(AXES)
+  if devices[0].platform != "tpu":  # they stand machine by machine, so that the last axes stay within one
+    return Mesh(np.array(devices).reshape(shape), AXES, axis_types=types)
   if len({getattr(device, "slice_index", 0) for device in devices}) > 1:
     return Mesh(over_slices(shape, devices), AXES, axis_types=types)
   try:
@@ -141,22 +143,46 @@ def leads() -> bool:
   return jax.process_index() == 0
 
 
-def hosts(mesh: Mesh) -> tuple[int, int]:
-  """(number of this host, count of hosts): which share of every batch it loads.
+def held(mesh: Mesh) -> tuple[list[int], int]:
+  """(which parts of a batch this host's devices hold, into how many replica x data x fsdp split it).
 
-  Raises BadInput where clip, seq or tensor reach over hosts: two hosts would have to read the same clips.
+  Where clip, seq or tensor reach over hosts, several hold the same ones, and each loads them. Raises BadInput where
+  hosts do not hold equally many.
   """
-  shards, taking = mesh.devices.reshape(batch_shards(mesh), -1), {device.process_index for device in mesh.devices.flat}
-  if any(len({device.process_index for device in shard}) > 1 for shard in shards):
-    raise BadInput(f"mesh {describe(mesh)}: clip x seq x tensor reach over hosts; make replica x data x fsdp a "
-                   f"multiple of the {len(taking)} hosts.")
-  return sorted(taking).index(jax.process_index()), len(taking)
+  found: dict[int, list[int]] = {}
+  for number, devices in enumerate(mesh.devices.reshape(batch_shards(mesh), -1)):
+    for host in {device.process_index for device in devices}:
+      found.setdefault(host, []).append(number)
+  counts = sorted({len(parts) for parts in found.values()})
+  if len(counts) > 1:
+    raise BadInput(f"mesh {describe(mesh)}: hosts would hold {' or '.join(map(str, counts))} parts of a batch; choose "
+                   "axes that divide by the devices of a host, or are divisors of them.")
+  return found[jax.process_index()], batch_shards(mesh)
 
 
 def to_devices(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-  """Joins every host's share `[b/hosts, ...]` to global arrays `[b, ...]` split over replica x data x fsdp."""
-  split = NamedSharding(mesh, P(ROWS))
-  return {name: jax.make_array_from_process_local_data(split, part) for name, part in batch.items()}
+  """Joins the parts that each host holds, in their order, `[b, ...]`, to global arrays split as a batch is."""
+  split, (own, parts) = NamedSharding(mesh, P(ROWS)), held(mesh)
+
+  def joined(x: np.ndarray) -> jax.Array:
+    rows = len(x) // len(own)  # of a part
+    here = {part * rows: x[at * rows:(at + 1) * rows] for at, part in enumerate(own)}
+    return jax.make_array_from_callback((parts * rows, *x.shape[1:]), split, lambda index: here[index[0].start or 0])
+
+  return {name: joined(x) for name, x in batch.items()}
+
+
+def from_devices(x: jax.Array) -> np.ndarray:
+  """Of a global array that is split as a batch is, the parts that this host holds, in their order."""
+  found = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+  return np.concatenate([np.asarray(found[first]) for first in sorted(found)])
+
+
+def gather(mesh: Mesh, rows: np.ndarray) -> np.ndarray:
+  """The int64 rows `[b, ...]` of all hosts, as `to_devices` joins them, on each."""
+  halves = np.ascontiguousarray(rows, np.int64)[..., None].view(np.uint32)  # devices know no int64
+  joined = multihost_utils.process_allgather(to_devices(mesh, {"": halves})[""], tiled=True)
+  return np.ascontiguousarray(joined).view(np.int64)[..., 0]
 
 
 def whole(mesh: Mesh) -> NamedSharding:
@@ -175,4 +201,4 @@ def tell_all(mesh: Mesh, flag: int) -> jax.Array:
   Split over all axes: a copy that several hosts share would be taken for equal without looking.
   """
   split = NamedSharding(mesh, P(mesh.axis_names))
-  return jax.make_array_from_process_local_data(split, np.full(len(mesh.local_devices), flag, np.int32), (mesh.size,))
+  return jax.make_array_from_callback((mesh.size,), split, lambda _: np.full(1, flag, np.int32))

@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from anisora_jax.errors import BadInput
 
@@ -140,14 +138,6 @@ def leave(status: int) -> None:
   parting.start()
   parting.join(GRACE)
   os._exit(status)
-
-
-def gather(rows: np.ndarray) -> np.ndarray:
-  """The int64 rows `[b]` of every process, in the order of their numbers, on each; all have as many."""
-  if jax.process_count() == 1:
-    return rows
-  halves = np.ascontiguousarray(rows, np.int64).view(np.uint32)  # devices know no int64
-  return multihost_utils.process_allgather(halves, tiled=True).view(np.int64)
 
 
 def appeared(paths: Iterable[Path], patience: float = math.inf) -> bool:

@@ -4,9 +4,7 @@ from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 
 from anisora_jax.parallel import mesh as meshes
 
@@ -15,11 +13,10 @@ def through(mesh: Mesh, work: Callable[..., jax.Array], arrays: Mapping[str, np.
   """What `work` makes of this host's arrays `[b, ...]`, row by row.
 
   b may be any number, the same on every host: rows of zeros fill the batch until it splits as a batch does, and
-  leave again. work: takes the arrays by name, as global arrays, and returns one array split in the same way.
+  leave again. Hosts that hold the same parts of a batch give the same rows. work: takes the arrays by name, as global
+  arrays, and returns one array split in the same way.
   """
   b = len(next(iter(arrays.values())))
-  shards = meshes.batch_shards(mesh)
-  spare = -b % (shards // meshes.hosts(mesh)[1]) if shards > 1 else 0  # unsplit, every host has the same rows
+  spare = -b % len(meshes.held(mesh)[0])
   filled = {name: np.pad(x, [(0, spare)] + [(0, 0)] * (x.ndim - 1)) for name, x in arrays.items()}
-  made = work(**meshes.to_devices(mesh, filled))
-  return np.asarray(multihost_utils.global_array_to_host_local_array(made, mesh, P(meshes.ROWS)))[:b]
+  return meshes.from_devices(work(**meshes.to_devices(mesh, filled)))[:b]

@@ -23,12 +23,14 @@ class Rule:
   """Of which frames of its film a token sees the tokens; by default of all.
 
   causal: of its own and of earlier ones. window: of those at most so many frames away. stride: beside a window, also of
-  frames 0, stride, 2 stride and so on. All that are given hold at once.
+  frames 0, stride, 2 stride and so on. All that are given hold at once. packed: clips may share a row; where none do,
+  segments tell only of padding, and the others are all equal.
   """
 
   causal: bool = False
   window: int | None = None
   stride: int | None = None
+  packed: bool = True
 
   def __bool__(self) -> bool:
     """Whether frames matter."""
@@ -47,7 +49,7 @@ class Rule:
     return float(self.joins(*np.ogrid[:frames, :frames]).mean())
 
 
-ALL = Rule()
+ALL, PADDED = Rule(), Rule(packed=False)  # all that are known are seen: of the same clip, of the only one
 
 
 def parse(text: str, frames: int) -> Rule:

@@ -15,7 +15,6 @@ import jax
 import numpy as np
 
 from anisora_jax.errors import BadInput
-from anisora_jax.parallel import processes
 from anisora_jax.training.report import Clock
 from anisora_jax.training.stop import Stop
 
@@ -53,6 +52,7 @@ class Effects:
 
   place: host batch (a dict of arrays and captions, with "stop" int32 [b]) -> what the step takes
   work: host batch -> tokens and model FLOPs of the global batch, 0 where unknown
+  ids: host batch -> int64, which records the global batch holds, in its order; hosts call it at the same steps
   held_out: state -> measures
   save: step, state, loader position -> returns as soon as the state may be donated
   wait: until the last save is finished, or raise
@@ -61,6 +61,7 @@ class Effects:
 
   place: Callable[[dict], Any]
   work: Callable[[dict], tuple[int, float]]
+  ids: Callable[[dict], np.ndarray]
   held_out: Callable[[Any], dict]
   save: Callable[[int, Any, dict], Any]
   wait: Callable[[], None]
@@ -98,8 +99,8 @@ class Settling:
       self.skipped = []
     last = step.number == self.due.steps or measures["stop"]
     if last or measures["skipped"] or (self.due.report and step.number % self.due.report == 0):
-      # Which records all hosts read, as one number that two runs can compare; hosts come here at the same steps.
-      records = zlib.crc32(np.ascontiguousarray(processes.gather(step.batch["id"]), np.int64).tobytes())
+      # Which records all hosts read, as one number that two runs can compare.
+      records = zlib.crc32(self.effects.ids(step.batch).tobytes())
       self.effects.report(step.number, measures | self.clock.rates() | {"records": records})
     return bool(measures["stop"])
 
