@@ -14,13 +14,14 @@ from quick import QUICK
 
 from anisora_jax.models.attention import PATTERNS
 from anisora_jax.parallel import mesh
-from anisora_jax.parallel.sight import ALL, Rule
+from anisora_jax.parallel.sight import ALL, PADDED, Rule
 
 # ulysses: of 8 devices each needs a head; hybrid, local_global: of 4 and 8, two exchange and the others ring.
 HEADS = {"full": 3, "ring": 3, "ring_both": 3, "ulysses": 8, "hybrid": 6, "local_global": 2}
 FRAMES, WIDTH = 5, 8
 SEEN = {  # which frames each frame sees
   ALL: "11111 11111 11111 11111 11111",
+  PADDED: "11111 11111 11111 11111 11111",
   Rule(causal=True): "10000 11000 11100 11110 11111",
   Rule(window=2): "11100 11110 11111 01111 00111",
   Rule(window=1, stride=3): "11010 11110 11110 10111 10011",
@@ -44,15 +45,19 @@ def seen(rule: Rule, frames: int) -> np.ndarray:
 def case(heads: int, clip: int, padded: int, lengths: tuple[int, ...], rule: Rule | None):
   """((q, k, v, do), ids, rule, what is true): of each length a clip that is only padded, and one packed of segments.
 
-  Frames and their tokens are padded as the network pads them. rule: None for clips in which all see all, what pads too.
+  Frames and their tokens are padded as the network pads them; where rules know no segments, the second clip's anywhere.
+  rule: None for clips in which all see all, what pads too.
   """
   f, draw = FRAMES + -FRAMES % clip, np.random.default_rng(padded)
   ids = np.full((2 * len(lengths), f, padded), -1, np.int32)
   for at, length in enumerate(lengths):
-    ids[2 * at, :FRAMES, :length], ids[2 * at + 1, :FRAMES, :length] = 0, draw.integers(0, 3, (FRAMES, length))
+    drawn = draw.integers(0, 3, (FRAMES, length))
+    ids[2 * at, :FRAMES, :length] = 0
+    ids[2 * at + 1, :FRAMES, :length] = drawn if rule is None or rule.packed else np.minimum(drawn, 1) - 1
   ids = np.zeros_like(ids) if rule is None else ids
   arrays = tuple(draw.normal(size=(*ids.shape, heads, WIDTH)).astype(np.float32) for _ in range(4))
-  return arrays, None if rule is None else ids, rule or ALL, softmax(*arrays, ids, seen(rule or ALL, f))
+  asked = ALL if rule is None else rule  # a rule without frames is false
+  return arrays, None if rule is None else ids, asked, softmax(*arrays, ids, seen(asked, f))
 
 
 def attend(pattern: str, there: Mesh, kernel: str, arrays, ids, rule: Rule = ALL):

@@ -25,7 +25,7 @@ from anisora_jax.models.kernels import LOCAL
 from anisora_jax.models.remat import REMAT
 from anisora_jax.parallel import mesh
 from anisora_jax.parallel.ring import Route, ring
-from anisora_jax.parallel.sight import ALL, Marks, Rule
+from anisora_jax.parallel.sight import ALL, PADDED, Marks, Rule
 
 BLOCKS = [name for name, local in LOCAL.items() if local.block]
 RULES = {  # which of four frames each sees
@@ -240,7 +240,7 @@ def test_tiles_are_few_and_alike(length):
   assert side <= kernels.SIDE["cpu"] and count == -(-length // kernels.SIDE["cpu"]) and count * side - length < count
 
 
-RUNS = list(product(("float32", "bfloat16", "float16"), (1, 2), (None, ALL, Rule(causal=True)), (False, True)))
+RUNS = list(product(("float32", "bfloat16", "float16"), (1, 2), (None, PADDED, ALL, Rule(causal=True)), (False, True)))
 
 
 def refusal(kernel: str, dtype: str, seq: int, rule: Rule | None, trains: bool) -> str:
@@ -269,7 +269,7 @@ def test_a_refusal_names_the_kernels_that_are_not_refused(here, monkeypatch):
   ("splash", "tpu", ("float32", 1, None, True), "needs a TPU, here is a cpu: use one of dense, blockwise."),
   ("splash", "cpu", ("float16", 1, None, True), "works in float32 or bfloat16, not in float16: use one of dense"),
   ("bare", "cpu", ("float32", 2, None, True), "returns no log-sum-exp, which a ring of 2 needs: use one of dense,"),
-  ("cudnn", "cpu", ("bfloat16", 1, ALL, True), "takes no segment ids or padding: use one of dense, blockwise."),
+  ("cudnn", "cpu", ("bfloat16", 1, ALL, True), "takes no rows that clips share: use one of dense, blockwise."),
   ("splash", "cpu", ("float32", 1, Rule(window=2), True), "hides no frames from each other: use one of dense, blockw"),
 ])
 def test_what_a_kernel_cannot_do_is_said(kernel, platform, run, words, monkeypatch):
@@ -278,10 +278,11 @@ def test_what_a_kernel_cannot_do_is_said(kernel, platform, run, words, monkeypat
   assert refusal(kernel, *run).startswith(f"kernel {kernel!r} {words}")
 
 
-def test_cudnn_refuses_segments_also_where_nothing_was_checked():
-  q, k, v, _ = arrays(8, 8)
-  with pytest.raises(BadInput, match="takes no segment ids or padding"):
-    LOCAL["cudnn"].attend(q, k, v, (Marks(jnp.zeros((2, 8), jnp.int32)),) * 2)
+@pytest.mark.parametrize("rule", [ALL, Rule(causal=True, packed=False)], ids=str)
+def test_cudnn_refuses_more_than_padding_also_where_nothing_was_checked(rule):
+  (q, k, v, _), zeros = arrays(8, 8), jnp.zeros((2, 8), jnp.int32)
+  with pytest.raises(BadInput, match="hides neither frames nor clips that share a row from each other"):
+    LOCAL["cudnn"].attend(q, k, v, (Marks(zeros, zeros, rule),) * 2)
 
 
 @pytest.mark.parametrize("width", [12, 264])

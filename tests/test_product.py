@@ -13,10 +13,10 @@ from schemes import HEADS, SEEN, assert_softmax, case, on
 from anisora_jax.errors import BadInput
 from anisora_jax.models import attention, kernels, splash
 from anisora_jax.models.attention import LOCAL, PATTERNS
-from anisora_jax.parallel.sight import Rule
+from anisora_jax.parallel.sight import PADDED, Rule
 
-MASKS = {  # "nothing" is hidden; all others also hide padding and other segments
-  "nothing": None, "segments": Rule(), "causal": Rule(causal=True), "window": Rule(window=2),
+MASKS = {  # "nothing" is hidden; all others also hide padding, and all but "padding" other segments
+  "nothing": None, "padding": PADDED, "segments": Rule(), "causal": Rule(causal=True), "window": Rule(window=2),
   "window+globals": Rule(window=1, stride=3), "causal+window": Rule(causal=True, window=2),
   "causal+window+globals": Rule(causal=True, window=1, stride=3)}
 LENGTHS = (30, 32, 33, 57)  # tokens of a frame, before they are padded
@@ -31,9 +31,9 @@ def lack(pattern: str, split: tuple[int, int], mask: str, kernel: str) -> str:
     return "pattern 'full' needs mesh axes clip x seq = 1"
   if pattern == "local_global" and "window" not in mask:
     return "pattern 'local_global' needs a window of frames"
-  if kernel == "cudnn" and mask != "nothing":
-    return "kernel 'cudnn' takes no segment ids or padding"
-  if kernel == "splash" and mask not in ("nothing", "segments"):
+  if kernel == "cudnn" and mask not in ("nothing", "padding"):
+    return "kernel 'cudnn' takes no rows that clips share"
+  if kernel == "splash" and mask not in ("nothing", "padding", "segments"):
     return "kernel 'splash' hides no frames from each other"
   return ""
 
@@ -77,7 +77,8 @@ def test_all_are_one_softmax(pattern, split, mask, kernel):
   ("ring", (1, 3), "segments", "dense", 33), ("ring_both", (1, 4), "causal", "blockwise", 30),
   ("ulysses", (2, 1), "causal+window+globals", "dense", 33),
   ("local_global", (2, 2), "window+globals", "blockwise", 30), ("hybrid", (2, 2), "causal+window", "dense", 33),
-  ("local_global", (8, 1), "window", "dense", 32), ("ring", (4, 1), "nothing", "cudnn", 33)], ids=named)
+  ("local_global", (8, 1), "window", "dense", 32), ("ring", (4, 1), "nothing", "cudnn", 33),
+  ("ring_both", (2, 4), "padding", "cudnn", 30), ("ulysses", (4, 2), "padding", "cudnn", 33)], ids=named)
 def test_some_of_all_are_one_softmax(pattern, split, mask, kernel, length):
   assert_exact(pattern, split, mask, kernel, (length,))
 

@@ -179,9 +179,9 @@ def budget(parts: Parts, config: ConfigDict) -> list[str]:
 
 
 def _hides(parts: Parts, bucket: Bucket) -> sight.Rule | None:
-  """What hides tokens from others: a rule, or padding or shared rows; None: nothing does. parts: of that bucket."""
+  """What hides tokens from others: frames, shared rows, padding; None: nothing does. parts: of that bucket."""
   f, n = parts.frame_tokens(bucket)
-  rule = sight.parse(parts.network.mask, f)
+  rule = replace(sight.parse(parts.network.mask, f), packed=bool(parts.packed))
   padded = f % parts.mesh.shape["clip"] or n % parts.mesh.shape["seq"]
   return rule if rule or padded or parts.packed else None
 
@@ -255,12 +255,10 @@ def loader(parts: Parts, config: ConfigDict, split: str, buckets: tuple[Bucket, 
   """The pipeline of a split, this host's share of it, or the whole of it on every host."""
   if not config.data.records:
     raise BadInput("no records to read: give --config.data.records=FOLDER, made by data/pack.py from films.")
-  buckets, shard = buckets or parts.buckets, (0, 1)
-  for bucket in () if whole else buckets:
-    shard = meshes.hosts(parts.of(bucket).mesh)  # the same for all, or refused
-  deal = Deal(buckets, config.data.assign, parts.packed, parts.codec.temporal)
+  deal = Deal(buckets or parts.buckets, config.data.assign, parts.packed, parts.codec.temporal)
+  share = mixture.whole if whole else lambda bucket: meshes.held(parts.of(bucket).mesh)
   made = mixture.Batches(config.data.records, deal, split=split, fps=config.data.fps,
-                         seed=config.seed, shard=shard, threads=config.data.threads)
+                         seed=config.seed, share=share, threads=config.data.threads)
   if made.encoded != parts.encoded:
     raise BadInput(f"{config.data.records} holds {'latents' if made.encoded else 'clips'} and data.encoded is "
                    f"{parts.encoded}: " + ("set --config.data.encoded=True." if made.encoded else

@@ -35,8 +35,8 @@ def check(pattern: str, kernel: str, mesh: Mesh, heads: int, dtype: str, rule: R
           trains: bool = True) -> None:
   """Refuses, before anything is compiled, a pattern or kernel that cannot run here, and names the kernels that can.
 
-  rule: of frames; ALL where padding and segments are all that hides, None where nothing does. trains: whether gradients
-  are asked for. Raises BadInput.
+  rule: what hides tokens from each other; None where nothing does. trains: whether gradients are asked for. Raises
+  BadInput.
   """
   scheme = pick(PATTERNS, pattern, "attention pattern")
   asked = pick(LOCAL, kernel, "attention kernel")
@@ -59,7 +59,7 @@ def check(pattern: str, kernel: str, mesh: Mesh, heads: int, dtype: str, rule: R
     (f"works in {' or '.join(asked.dtypes)}, not in {dtype}", lambda x: dtype in x.dtypes),
     (f"returns no log-sum-exp, which a ring of {shards // together} needs",
      lambda x: x.block is not None or shards == together),
-    ("takes no segment ids or padding", lambda x: x.ids or rule is None),
+    ("takes no rows that clips share", lambda x: x.packed or rule is None or not rule.packed),
     ("hides no frames from each other", lambda x: x.frames or not rule),
     ("has no backward pass", lambda x: x.trains or not trains)]
   able = [name for name, local in LOCAL.items() if all(can(local) for _, can in needs)]
@@ -143,7 +143,7 @@ def _marks(segments: Segments, frames: Int[Array, "c _"], seq: int, rule: Rule) 
 
   segments = jnp.where(frames[..., None] < 0, -1, jnp.take(segments, frames, 1, mode="clip"))
   frames = jnp.broadcast_to(frames[..., None], segments.shape)
-  return Marks(share(segments), share(frames), rule) if rule else Marks(share(segments))
+  return Marks(share(segments), share(frames) if rule else None, rule)
 
 
 def to_text(q: Heads, k: Float[Array, "b s a k"], v: Float[Array, "b s a k"], mesh: Mesh, kernel: str,

@@ -229,7 +229,7 @@ class Local(NamedTuple):
 
   attend: Callable[..., Array]      # (q, k, v, ids, name = SAVED) -> o, all keys on one device
   block: Kernel | None = None       # one block of keys with its log-sum-exp, as a ring needs; None: it returns none
-  ids: bool = True                  # takes segment ids, and so padding
+  packed: bool = True               # takes rows that clips share, and not only padding
   frames: bool = True               # takes rules of frames
   trains: bool = True               # has a backward pass
   platform: str | None = None       # the only one it runs on
@@ -246,5 +246,5 @@ LOCAL = {  # name in configs -> kernel
   "blockwise": _from_blocks(BLOCKWISE),
   "splash": _from_blocks(splash.SPLASH, platform="tpu", dtypes=("float32", "bfloat16"), typed=False,
                          frames=False),
-  "cudnn": _from_blocks(CUDNN, platform="gpu", dtypes=("bfloat16", "float16"), ids=False, frames=False),
+  "cudnn": _from_blocks(CUDNN, platform="gpu", dtypes=("bfloat16", "float16"), packed=False, frames=False),
 }

@@ -9,6 +9,7 @@ One block (m = learned + time, six vectors shift, scale, gate twice):
 From: Wan 2.1, arXiv:2503.20314 (wan/modules/model.py).
 """
 
+from dataclasses import replace
 from functools import partial
 
 import flax.linen as nn
@@ -218,6 +219,7 @@ class WanDiT(nn.Module):
       of_frames = jnp.zeros((b, f), jnp.int32) if segment is None else segment
       segments = jnp.broadcast_to(of_frames[..., None], (b, f, n))
       segments = jnp.pad(segments, ((0, 0), *spare), constant_values=-1)
+    rule = replace(parse(self.mask, f), packed=segment is not None)
     if segment is not None:
       positions = rope.restarted(positions, segment)
     positions = jnp.pad(positions, ((0, 0),) * (positions.ndim - 3) + (*spare, (0, 0)))
@@ -235,8 +237,7 @@ class WanDiT(nn.Module):
     block = nn.remat(Block, policy=REMAT[self.remat], prevent_cse=False)
     stack = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=(nn.broadcast,) * 5,
                     length=size.layers)
-    stack = stack(size, self.mesh, self.pattern, self.kernel, self.dtype, self.gate, parse(self.mask, f),
-                  name="blocks")
+    stack = stack(size, self.mesh, self.pattern, self.kernel, self.dtype, self.gate, rule, name="blocks")
     tokens, _ = stack(tokens, time, text, image, rope.turns(positions, size.head_width), segments)
     patches = hold(Head(size, self.mesh, name="head")(tokens, e), self.mesh, TOKENS)
     return from_patches(patches[:, :f, :n], size.patch, h, w)
