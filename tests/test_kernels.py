@@ -233,11 +233,29 @@ def test_memory_grows_with_the_length_and_not_with_its_square(monkeypatch):
   assert memory("blockwise", 4096) < memory("dense", 4096) / 50
 
 
-@given(st.integers(1, 10**6))
-def test_tiles_are_few_and_alike(length):
-  side = kernels.even(length)
+def absent(platform: str) -> jax.sharding.AbstractMesh:
+  """A mesh of one device that is not here."""
+  device = jax.sharding.AbstractDevice(platform, None, platform)
+  return jax.sharding.AbstractMesh((1,), ("seq",), abstract_device=device)
+
+
+@pytest.mark.parametrize(("platform", "most"), [("cpu", 16), ("gpu", 1024), ("tpu", 1024)])
+@given(length=st.integers(1, 10**6))
+def test_tiles_are_few_and_alike(platform, most, length):
+  with jax.sharding.use_abstract_mesh(absent(platform)):
+    side = kernels.even(length)
   count = -(-length // side)
-  assert side <= kernels.SIDE["cpu"] and count == -(-length // kernels.SIDE["cpu"]) and count * side - length < count
+  assert side <= most and count == -(-length // most) and count * side - length < count
+
+
+@pytest.mark.parametrize(("platform", "tile"), [("cpu", "1,16,16"), ("gpu", "6,750,750")])
+def test_tiles_are_those_of_the_devices_that_a_program_is_made_for(platform, tile, monkeypatch):
+  """Forward and backward; which heads are worked at once, too."""
+  monkeypatch.setitem(kernels.LOGITS, "cpu", 1)
+  run = jax.shard_map(partial(both, "blockwise", ids=None), mesh=absent(platform), in_specs=jax.P(), out_specs=jax.P(),
+                      check_vma=False)
+  traced = str(jax.make_jaxpr(run)(*[jax.ShapeDtypeStruct((2, 1500, 3, 8), jnp.float32)] * 4))
+  assert re.findall(r"f32\[(\d+,\d+,\d+)\] = exp ", traced) == [tile] * 2
 
 
 RUNS = list(product(("float32", "bfloat16", "float16"), (1, 2), (None, ALL, Rule(causal=True)), (False, True)))

@@ -36,13 +36,19 @@ LOGITS_ELSEWHERE = 2**28
 Side = Callable[[int], int]  # length -> side of its tiles
 
 
+def _platform() -> str:
+  """For which the program is made: that of the mesh inside whose shard_map it is traced, though no device be here."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return device.platform if device else jax.default_backend()
+
+
 def whole(length: int) -> int:
   return length
 
 
 def even(length: int) -> int:
   """The side of the fewest tiles that are small enough, all alike: the last one is filled up as little as can be."""
-  most = SIDE.get(jax.default_backend(), SIDE_ELSEWHERE)
+  most = SIDE.get(_platform(), SIDE_ELSEWHERE)
   return -(-length // -(-length // most))
 
 
@@ -58,7 +64,7 @@ def _by_head(work: Callable, side: Side, ids: Ids, *arrays: Array) -> tuple[Arra
     ids = Marks(jnp.zeros((b, l), jnp.int32)), Marks(jnp.zeros((b, s), jnp.int32))
   apart = [rearrange(x, "b l a k -> (b a) l k" if x.ndim == 4 else "b a l -> (b a) l") for x in arrays]
   apart.append(jax.tree.map(lambda x: repeat(x, "b l -> (b a) l", a=a), ids))
-  most = LOGITS.get(jax.default_backend(), LOGITS_ELSEWHERE) // (side(l) * side(s))
+  most = LOGITS.get(_platform(), LOGITS_ELSEWHERE) // (side(l) * side(s))
   group = max(size for size in range(1, b * a + 1) if b * a % size == 0 and size <= max(1, most))
   if group == b * a:  # a loop of one turn would only hide the work from the compiler
     done = jax.vmap(lambda *heads: work(*heads, met))(*apart)
