@@ -239,16 +239,16 @@ def absent(platform: str) -> jax.sharding.AbstractMesh:
   return jax.sharding.AbstractMesh((1,), ("seq",), abstract_device=device)
 
 
-@pytest.mark.parametrize(("platform", "most"), [("cpu", 16), ("gpu", 1024), ("tpu", 1024)])
+@pytest.mark.parametrize(("platform", "most", "unit"), [("cpu", 16, 1), ("gpu", 1024, 128), ("tpu", 1024, 128)])
 @given(length=st.integers(1, 10**6))
-def test_tiles_are_few_and_alike(platform, most, length):
+def test_tiles_are_few_and_alike(platform, most, unit, length):
   with jax.sharding.use_abstract_mesh(absent(platform)):
     side = kernels.even(length)
   count = -(-length // side)
-  assert side <= most and count == -(-length // most) and count * side - length < count
+  assert side <= most and count == -(-length // most) and side % unit == 0 and count * side - length < count * unit
 
 
-@pytest.mark.parametrize(("platform", "tile"), [("cpu", "1,16,16"), ("gpu", "6,750,750")])
+@pytest.mark.parametrize(("platform", "tile"), [("cpu", "1,16,16"), ("gpu", "6,768,768")])
 def test_tiles_are_those_of_the_devices_that_a_program_is_made_for(platform, tile, monkeypatch):
   """Forward and backward; which heads are worked at once, too."""
   monkeypatch.setitem(kernels.LOGITS, "cpu", 1)

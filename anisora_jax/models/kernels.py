@@ -29,6 +29,9 @@ F32 = {"preferred_element_type": jnp.float32}
 # since arrays go through slower memory and only large products keep the units for them busy.
 SIDE = {"cpu": 512}
 SIDE_ELSEWHERE = 1024
+# What they are multiples of: units for large products take operands that are.
+UNIT = {"cpu": 1}
+UNIT_ELSEWHERE = 128
 # How many logits are made at once, in one tile or in the tiles of several heads: on a CPU 4 MiB, else 1 GiB.
 LOGITS = {"cpu": 2**20}
 LOGITS_ELSEWHERE = 2**28
@@ -48,8 +51,9 @@ def whole(length: int) -> int:
 
 def even(length: int) -> int:
   """The side of the fewest tiles that are small enough, all alike: the last one is filled up as little as can be."""
-  most = SIDE.get(_platform(), SIDE_ELSEWHERE)
-  return -(-length // -(-length // most))
+  here = _platform()
+  most, unit = SIDE.get(here, SIDE_ELSEWHERE), UNIT.get(here, UNIT_ELSEWHERE)
+  return -(-length // (-(-length // most) * unit)) * unit
 
 
 def _by_head(work: Callable, side: Side, ids: Ids, *arrays: Array) -> tuple[Array, ...]:
