@@ -166,12 +166,17 @@ def test_mesh_axes_may_split_the_sides_of_a_torus_and_keep_neighbours_together()
 
 
 @pytest.mark.parametrize(("target", "said"), [
-  ("h20:8", "did you mean 'h200'"), ("h200:2x2", "for example h200:2"), ("h200", "for example h200:2"),
-  ("v5p:4x4", "for example v5p:4x4x2"), ("v6e:3x2", "a multiple of 2 x a multiple of 2"),
+  ("h20:8", " is not known (h200, v5e, v5p, v6e): write h200:8 or v5p:2x2x4."),
+  ("a100", " is not known (h200, v5e, v5p, v6e): write h200:8 or v5p:2x2x4."),
+  ("h200", ": h200 takes a count of cards, for example h200:8."),
+  ("h200:2x2", ": h200 takes a count of cards, for example h200:8."),
+  ("v5p:4x4", ": v5p takes a multiple of 2 x a multiple of 2 x a multiple of 1, for example v5p:4x4x2."),
+  ("v6e:3x2", ": v6e takes a multiple of 2 x a multiple of 2, for example v6e:4x4."),
 ])
 def test_a_target_that_does_not_exist_is_refused(target, said):
-  with pytest.raises(BadInput, match=said):
+  with pytest.raises(BadInput) as mistake:
     targets.devices(target)
+  assert str(mistake.value) == f"target {target!r}{said}"
 
 
 @pytest.mark.parametrize(("target", "wheel"), [("v6e:2x2", "'libtpu=="), ("h200:1", "'jax-cuda12-pjrt==")])

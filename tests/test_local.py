@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from compare import apart
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from overtake import overtaking
 from plain import sends, softmax
 from quick import QUICK
+from schemes import assert_softmax, attend, on
 
 from anisora_jax.errors import BadInput
 from anisora_jax.models import attention, kernels
@@ -20,22 +20,11 @@ from anisora_jax.models.attention import PATTERNS
 from anisora_jax.models.wan.dit import WanDiT
 from anisora_jax.models.wan.placement import RULES
 from anisora_jax.models.wan.sizes import SIZES, Size
-from anisora_jax.parallel import mesh, placement
+from anisora_jax.parallel import placement
 from anisora_jax.parallel.halo import halo
 from anisora_jax.parallel.sight import Rule
 
 HEADS, WIDTH = 2, 4
-
-
-def on(clip: int, seq: int):
-  return mesh.build({"clip": clip, "seq": seq}, count=clip * seq)
-
-
-def attend(there, kernel: str, rule: Rule, ids, pattern: str, arrays):
-  """(attention, its gradients), which wait until attention is done."""
-  *arrays, do = arrays
-  o, back = jax.vjp(lambda *parts: PATTERNS[pattern](*parts, ids, there, kernel, rule), *arrays)
-  return o, *back(jnp.where(jnp.isnan(o), jnp.nan, do).astype(do.dtype))
 
 
 def scope(window: int, globals_: set[int], frames: int, causal: bool = False) -> np.ndarray:
@@ -66,20 +55,9 @@ def test_what_is_near_and_what_all_see_is_one_softmax(clip, seq, kernel, names, 
   there, draw = on(clip, seq), np.random.default_rng(clip)
   ids = draw.integers(-1, 2, (2, 8, 9 + -9 % seq)).astype(np.int32)
   ids[:, :, 9:], ids[0, :7, :9], ids[0, 7] = -1, 0, -1
-  arrays = [draw.normal(size=(*ids.shape, HEADS, WIDTH)).astype(np.float32) for _ in range(4)]
-  split = NamedSharding(there, P(None, "clip", "seq"))
-
-  def both(ids, *arrays):
-    first = attend(there, kernel, CASES[names[0]][0], ids, "local_global", arrays)
-    known = sum(x.sum() for x in first)  # on simulated devices collectives of the second could overtake
-    return first, attend(there, kernel, CASES[names[1]][0], ids, "local_global",
-                         [jnp.where(jnp.isnan(known), jnp.nan, x) for x in arrays])
-
-  run = jax.jit(both, in_shardings=(None, *[split] * 4), out_shardings=split).lower(ids, *arrays).compile(QUICK)
-  for name, made in zip(names, run(ids, *jax.device_put(arrays, split)), strict=True):
-    for got, want in zip(made, softmax(*arrays, ids, CASES[name][1]), strict=True):
-      assert apart(np.reshape(got, want.shape), want) < (1e-5 if got is made[0] else 1e-4), name
-  assert overtaking(run.as_text()) == []
+  arrays = tuple(draw.normal(size=(*ids.shape, HEADS, WIDTH)).astype(np.float32) for _ in range(4))
+  chosen = [(arrays, ids, rule, softmax(*arrays, ids, seen)) for rule, seen in map(CASES.get, names)]
+  assert overtaking(assert_softmax("local_global", there, kernel, chosen)) == []
 
 
 @pytest.mark.parametrize("name", list(CASES))
@@ -130,7 +108,8 @@ def test_what_is_sent_is_what_the_formulas_say(clip, seq, window, stride, causal
   """Halos and frames for all, then what a frame's devices send, forward and backward; counted in the traced program."""
   f, size, rule = 4, jnp.dtype(dtype).itemsize, Rule(causal, window, stride)
   array = jax.ShapeDtypeStruct((1, f * clip, 8, HEADS, WIDTH), dtype)
-  found, ring = (sends(jax.make_jaxpr(partial(attend, on(clip, seq), "dense", rule, None, pattern))([array] * 4).jaxpr)
+  there = on(clip, seq)
+  found, ring = (sends(jax.make_jaxpr(partial(attend, pattern, there, "dense", ids=None, rule=rule))([array] * 4).jaxpr)
                  for pattern in ("local_global", "ring"))
   frame, window = 8 // seq * HEADS * WIDTH, min(window, (clip - 1) * f)
   spread, sides = -(-f // stride) if stride else 0, 1 if causal else 2

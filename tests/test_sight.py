@@ -24,6 +24,13 @@ def test_rules_are_read(text, rule):
     assert len(range(0, 21, rule.stride)) <= int(text.split(":")[-1])
 
 
+def test_a_window_beyond_every_film_shows_all_of_it():
+  """Also one that is no int32."""
+  frames = jnp.arange(4)
+  marks = Marks(jnp.zeros_like(frames), frames, parse("window:9999999999", 4))
+  assert jax.jit(sees)(marks, marks).all() and jax.jit(meet)(marks, marks)
+
+
 @pytest.mark.parametrize("text", ["", "none", "casual", "window", "window:-1", "window:2+", "globals:3",
                                   "window:2+causal", "window:2+globals:0", "all+causal", "window:1.5"])
 def test_what_is_no_rule_is_refused_in_one_line(text):

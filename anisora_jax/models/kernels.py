@@ -29,11 +29,20 @@ F32 = {"preferred_element_type": jnp.float32}
 # since arrays go through slower memory and only large products keep the units for them busy.
 SIDE = {"cpu": 512}
 SIDE_ELSEWHERE = 1024
+# What they are multiples of: units for large products take operands that are.
+UNIT = {"cpu": 1}
+UNIT_ELSEWHERE = 128
 # How many logits are made at once, in one tile or in the tiles of several heads: on a CPU 4 MiB, else 1 GiB.
 LOGITS = {"cpu": 2**20}
 LOGITS_ELSEWHERE = 2**28
 
 Side = Callable[[int], int]  # length -> side of its tiles
+
+
+def _platform() -> str:
+  """For which the program is made: that of the mesh inside whose shard_map it is traced, though no device be here."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return device.platform if device else jax.default_backend()
 
 
 def whole(length: int) -> int:
@@ -42,8 +51,9 @@ def whole(length: int) -> int:
 
 def even(length: int) -> int:
   """The side of the fewest tiles that are small enough, all alike: the last one is filled up as little as can be."""
-  most = SIDE.get(jax.default_backend(), SIDE_ELSEWHERE)
-  return -(-length // -(-length // most))
+  here = _platform()
+  most, unit = SIDE.get(here, SIDE_ELSEWHERE), UNIT.get(here, UNIT_ELSEWHERE)
+  return -(-length // (-(-length // most) * unit)) * unit
 
 
 def _by_head(work: Callable, side: Side, ids: Ids, *arrays: Array) -> tuple[Array, ...]:
@@ -58,7 +68,7 @@ def _by_head(work: Callable, side: Side, ids: Ids, *arrays: Array) -> tuple[Arra
     ids = Marks(jnp.zeros((b, l), jnp.int32)), Marks(jnp.zeros((b, s), jnp.int32))
   apart = [rearrange(x, "b l a k -> (b a) l k" if x.ndim == 4 else "b a l -> (b a) l") for x in arrays]
   apart.append(jax.tree.map(lambda x: repeat(x, "b l -> (b a) l", a=a), ids))
-  most = LOGITS.get(jax.default_backend(), LOGITS_ELSEWHERE) // (side(l) * side(s))
+  most = LOGITS.get(_platform(), LOGITS_ELSEWHERE) // (side(l) * side(s))
   group = max(size for size in range(1, b * a + 1) if b * a % size == 0 and size <= max(1, most))
   if group == b * a:  # a loop of one turn would only hide the work from the compiler
     done = jax.vmap(lambda *heads: work(*heads, met))(*apart)

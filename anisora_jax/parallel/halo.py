@@ -2,8 +2,9 @@
 
 With f frames on each of c devices, a window of w frames to each side and every s-th frame of the film for all, a device
 that has w frames on both sides sends 2 w frames of keys and of values (w of a causal rule), and ceil(f / s) frames to
-each of the c - 1 others; backward as much comes back. A ring sends 2 (c - 1) f. So halos pay while the window and the
-frames for all are fewer than the frames of the film.
+each of the c - 1 others; backward as many frames of their gradients come back, in the same type. A ring sends (c - 1) f
+frames of both; backward these again, and as many of gradients, in f32 but for the last f. So halos pay in sampling
+while 2 w + (c - 1) ceil(f / s) < (c - 1) f, and in training while it is less than 3/2 of that, in bf16 nearly twice.
 From: the dual scope attention of Video-Infinity, Tan et al. 2024, arXiv:2406.16260; unlike theirs, frames past the ends
 of the film are not seen, and those seen both ways count once.
 """

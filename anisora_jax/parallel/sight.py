@@ -64,7 +64,8 @@ def parse(text: str, frames: int) -> Rule:
     raise BadInput(f"mask {text!r} is not known: give 'all', 'causal', 'window:24' (frames to each side), "
                    "'causal+window:24' or 'window:24+globals:16'.")
   stride = -(-frames // found["globals"]) if "globals" in found else None
-  return Rule("causal" in found, found.get("window"), stride)
+  window = min(found["window"], FAR) if "window" in found else None
+  return Rule("causal" in found, window, stride)
 
 
 class Marks(NamedTuple):

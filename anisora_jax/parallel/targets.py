@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from anisora_jax.errors import BadInput, nearest
+from anisora_jax.errors import BadInput
 
 FOLDER = Path(sys.prefix) / "aot"
 GIB = 2**30
@@ -73,14 +73,15 @@ def devices(target: str) -> list[jax.Device]:
   """
   kind, _, shape = target.partition(":")
   if kind not in KINDS:
-    raise BadInput(f"no target is named {target!r}: {nearest(kind, KINDS)}, as h200:8 or v5p:2x2x4.")
+    raise BadInput(f"target {target!r} is not known ({', '.join(sorted(KINDS))}): write h200:8 or v5p:2x2x4.")
   sizes = [int(size) for size in shape.split("x") if size.isdecimal()]
   least = KINDS[kind].shape or (1,)
   if (not re.fullmatch(r"\d+(x\d+)*", shape) or len(sizes) != len(least)
       or any(size < 1 or size % unit for size, unit in zip(sizes, least, strict=True))):
-    example = f"{kind}:" + "x".join(str(2 * size) for size in least)
-    raise BadInput(f"target {target!r}: {kind} takes {' x '.join(f'a multiple of {unit}' for unit in least)}, "
-                   f"for example {example}.")
+    takes, example = " x ".join(f"a multiple of {unit}" for unit in least), "x".join(str(2 * unit) for unit in least)
+    if kind in CARDS:
+      takes, example = "a count of cards", "8"
+    raise BadInput(f"target {target!r}: {kind} takes {takes}, for example {kind}:{example}.")
   if command := missing(kind):
     raise BadInput(f"what compiles for {kind} is not installed: {command}")
   jax.config.update("jax_platforms", "cpu")
