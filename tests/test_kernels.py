@@ -37,10 +37,10 @@ RULES = {  # which of four frames each sees
 
 def takes(name: str, rule: Rule | None) -> bool:
   local = LOCAL[name]
-  return rule is None or (local.ids and (not rule or local.frames))
+  return rule is None or ((local.packed or not rule.packed) and (local.frames or not rule))
 
 
-TAKEN = [pair for pair in product(BLOCKS, (None, ALL, *RULES)) if takes(*pair)]  # kernels, and rules they take
+TAKEN = [pair for pair in product(BLOCKS, (None, PADDED, ALL, *RULES)) if takes(*pair)]  # kernels, and rules they take
 SIDES = [(1, 1), (30, 30), (33, 33), (57, 57), (130, 130), (1, 40), (34, 19), (600, 130)]  # queries and keys
 
 
@@ -90,12 +90,12 @@ def assert_equal(got, want):
 
 
 def marks(draw, l: int, s: int, rule: Rule | None):
-  """Of queries and keys: packed segments, and frames in order as far as a rule asks for them."""
+  """Of queries and keys: segments, packed or not, and frames in order as far as a rule asks for them."""
   if rule is None:
     return None
   def one(length):
     frames = jnp.sort(jnp.asarray(draw.integers(0, 4, (2, length))), 1) if rule else None
-    return Marks(jnp.asarray(draw.integers(-1, 2 if rule else 3, (2, length))), frames, rule)
+    return Marks(jnp.asarray(draw.integers(-1, (2 if rule else 3) if rule.packed else 1, (2, length))), frames, rule)
 
   return one(l), one(s)
 
@@ -120,7 +120,8 @@ def test_any_segments_and_frames(name, rule):
   @settings(max_examples=20, deadline=None)
   @given(ids, ids, frames | frames.map(sorted))
   def law(one, other, frame):
-    whole = Marks(jnp.array([one, other]), jnp.array([frame, frame[::-1]]) if rule else None, rule)
+    segments = jnp.minimum(jnp.array([one, other]), 9 if rule.packed else 0)
+    whole = Marks(segments, jnp.array([frame, frame[::-1]]) if rule else None, rule)
     pair = jax.tree.map(lambda x: x[:, :34], whole), jax.tree.map(lambda x: x[:, 34:], whole)
     assert_equal(step(*parts, pair), witness(*parts, pair)[:4])
 
