@@ -165,3 +165,13 @@ def test_a_record_that_cannot_be_read_is_named_and_stood_in_for(tmp_path):
   batches = Batches(folder, deal("5x32x64@5"), fps=12)
   batch = next(batches)
   assert sorted(batch["ok"]) == [0, 1, 1, 1, 1] and "not a clip record" in dict(batches.bad)[f"{folder} record 4"]
+
+
+def test_who_stands_in_is_of_the_same_bucket(tmp_path):
+  """The records after the one that cannot be read are too short for its bucket."""
+  wide, damaged = (sized(name, 32, 64, frames=48) for name in ("wide", "damaged"))
+  short = [sized(f"short{n}", 32, 64, frames=12) for n in range(12)]
+  folder = write_folder(tmp_path / "all", [wide, replace(damaged, mp4=damaged.mp4[:60]), *short], seconds=None)
+  batches = Batches(folder, deal("17x32x64@2,5x32x64@4"), fps=12)
+  long = next(batch for batch in batches if batch["frames"].shape[1] == 17)
+  assert sorted(long["ok"]) == [0, 1] and long["caption"] == ["clip wide"] * 2

@@ -245,6 +245,13 @@ def test_a_host_may_hold_any_parts_and_of_each_bucket_others(folders):
                  "caption": [batch["caption"][place] for place in places]}, part)
 
 
+def test_batches_of_another_size_do_not_go_on(folders):
+  """A budget of tokens makes other batches of them on other devices."""
+  position = Batches(folders[0], "5x32x48@4,1x16x16@8", fps=12).position
+  with pytest.raises(BadInput, match=r"were of 4, 8 clips and are now of 2, 8, .* needs ...@4 in data.buckets"):
+    Batches(folders[0], "5x32x48@2,1x16x16@8", fps=12).seek(position)
+
+
 def test_a_host_reads_its_share_only(folders, monkeypatch):
   read, original = [], records.Records.__getitem__
   def noted(self, number):
@@ -264,7 +271,7 @@ def test_seeking_continues_as_if_never_stopped_also_on_other_hosts(folders, size
   steady = Batches(source, sizes, fps=12)
   before, position = draw(steady, 5), steady.position
   after = draw(steady, 4)
-  assert position == {"global_next_index": 5} and position == json.loads(json.dumps(position))
+  assert position["global_next_index"] == 5 and position == json.loads(json.dumps(position))
   resumed = Batches(source, sizes, fps=12)
   draw(resumed, 1)
   resumed.seek(position)

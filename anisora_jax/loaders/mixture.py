@@ -24,7 +24,7 @@ from anisora_jax.loaders import assign, latents, packing, records, rows, tfds
 from anisora_jax.loaders import buckets as bucket_sizes
 from anisora_jax.loaders.clips import Clips
 
-POSITION = "global_next_index"
+POSITION, BATCHES = "global_next_index", "batches"
 Share = Callable[[bucket_sizes.Bucket], tuple[Sequence[int], int]]  # which parts of a batch are a host's, of how many
 
 
@@ -193,6 +193,7 @@ class Batches(Iterator[dict[str, Any]]):
     self.length = (max if deal.assign == "any" else sum)(of_bucket.clips for of_bucket in made)
     self.encoded = bool(deal.packed) or isinstance(made[0].sources[0], latents.Latents)
     self.bad: list[tuple[str, str]] = []
+    self._sizes = [bucket.batch for bucket in deal.buckets]
     self._batches = iter(grain.MapDataset.source(read).to_iter_dataset(
       grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)))
 
@@ -202,9 +203,10 @@ class Batches(Iterator[dict[str, Any]]):
     return batch
 
   @property
-  def position(self) -> dict[str, int]:
-    """The number of the global batch that comes next: all that a checkpoint must hold to go on exactly here."""
-    return {POSITION: grain.experimental.get_next_index(self._batches)}
+  def position(self) -> dict[str, Any]:
+    """The number of the global batch that comes next, all that a checkpoint must hold to go on exactly here; and of how
+    many rows are the batches of each bucket, without which it says nothing."""
+    return {POSITION: grain.experimental.get_next_index(self._batches), BATCHES: self._sizes}
 
   def seek(self, position: dict[str, Any]) -> None:
     """Goes to a position that a Batches of the same sources, buckets, fps and seed had, on any number of hosts."""
@@ -212,6 +214,11 @@ class Batches(Iterator[dict[str, Any]]):
     if not isinstance(number, (int, np.integer)) or number < 0:
       raise BadInput(f"loader position {position!r} is not of the form {{{POSITION!r}: 12}}: the checkpoint is damaged "
                      "or not of this program.")
+    had = position.get(BATCHES, self._sizes)  # a budget of tokens fills them as the devices allow
+    if had != self._sizes:
+      raise BadInput(f"the buckets' batches were of {', '.join(map(str, had))} clips and are now of "
+                     f"{', '.join(map(str, self._sizes))}, so that records would be left out or come twice: go on with "
+                     f"as many devices; a run that is to change them needs ...@{had[0]} in data.buckets from its start.")
     grain.experimental.set_next_index(self._batches, int(number))
 
   def close(self) -> None:

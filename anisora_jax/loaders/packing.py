@@ -142,9 +142,10 @@ class Packed:
   def __getitem__(self, place: int) -> tuple[dict[str, Any], rows.Bad]:
     clips, bad = [], []
     for size, number in self._plan[place] or self._plan[0][:1]:
-      source, record, counts = self._orders[size][number]
-      made, missed = rows.readable(self._sizes[size][source], record, self._seed and [*self._seed, size, number])
-      number = (len(made["latents"]) * 2**16 + source) * 2**32 + record
-      clips.append({**made, "id": np.int64(number), "ok": np.float32(counts and not missed)})
+      turn = self._orders[size][number]
+      source = turn.part.source
+      made, missed = rows.readable(self._sizes[size][source], turn, self._seed and [*self._seed, size, number])
+      number = (len(made["latents"]) * 2**16 + source) * 2**32 + turn.record
+      clips.append({**made, "id": np.int64(number), "ok": np.float32(turn.counts and not missed)})
       bad += missed
     return self._canvas.row(clips if self._plan[place] else [], clips[0]), bad

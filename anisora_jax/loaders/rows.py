@@ -56,39 +56,52 @@ def a_pass(found: Sequence[Part], lengths: Sequence[int], weights: Sequence[floa
   return sum((part.weight for part in found), Fraction()) * sum(lengths) / held
 
 
+class Turn(NamedTuple):
+  """A record's turn: its place among the records of a part, and whether it counts."""
+
+  part: Part
+  place: int
+  counts: bool
+
+  @property
+  def record(self) -> int:
+    return int(self.part.records[self.place])
+
+
 class Order:
-  """Place in an order of records, from 0 on for ever -> (source, record, whether it counts).
+  """Place in an order of records, from 0 on for ever -> Turn.
 
   With weights each part is shuffled anew for every epoch of its own and goes round for ever. Without, every record
   comes once, source after source, and then repeats that do not count.
   """
 
   def __init__(self, found: Sequence[Part], seed: Sequence[int]):
-    self._total, self._shuffled = sum(len(part.records) for part in found), found[0].weight is not None
-    sets = []
-    for part in found:
+    self._parts, self._shuffled = found, found[0].weight is not None
+    self._total, sets = sum(len(part.records) for part in found), []
+    for index, part in enumerate(found):
       numbers = grain.MapDataset.range(len(part.records))
       if self._shuffled:
         # Grain's shuffle of epoch e uses seed + e, so neighbouring seeds would repeat each other's epochs: spread them.
         spread = int(np.random.SeedSequence([*seed, part.source]).generate_state(1)[0])
         numbers = numbers.shuffle(seed=spread).repeat()
-      sets.append(numbers.map(lambda number, part=part: (part.source, int(part.records[number]))))
+      sets.append(numbers.map(lambda number, index=index: (index, int(number))))
     self._places = (grain.MapDataset.mix(sets, [float(part.weight) for part in found]) if self._shuffled else
                     grain.MapDataset.concatenate(sets))
 
-  def __getitem__(self, place: int) -> tuple[int, int, bool]:
-    source, record = self._places[place if self._shuffled else place % self._total]
-    return source, record, self._shuffled or place < self._total
+  def __getitem__(self, place: int) -> Turn:
+    index, number = self._places[place if self._shuffled else place % self._total]
+    return Turn(self._parts[index], number, self._shuffled or place < self._total)
 
 
-def readable(source: Source, record: int, seed: Sequence[int] | None) -> tuple[dict[str, Any], Bad]:
-  """A record as a row, or the next readable one, and what could not be read. seed: of draws; None draws nothing.
+def readable(source: Source, turn: Turn, seed: Sequence[int] | None) -> tuple[dict[str, Any], Bad]:
+  """A record as a row, or the next readable one of its part, and what could not be read.
 
-  Raises BadInput where several records in a row cannot be read.
+  seed: of draws; None draws nothing. Raises BadInput where several records in a row cannot be read.
   """
   bad: Bad = []
-  for step in range(min(TRIES, len(source))):
-    number = (record + step) % len(source)
+  numbers = turn.part.records
+  for step in range(min(TRIES, len(numbers))):
+    number = int(numbers[(turn.place + step) % len(numbers)])
     try:
       return source.row(number, None if seed is None else np.random.default_rng(seed)), bad
     except video.Unreadable as error:
@@ -107,9 +120,10 @@ class Clipwise:
     self.clips = sum(len(part.records) for part in found)
 
   def __getitem__(self, place: int) -> tuple[dict[str, Any], Bad]:
-    source, record, counts = self._order[place]
-    made, bad = readable(self.sources[source], record, self._seed and [*self._seed, place])
-    return {**made, "id": np.int64(source * 2**32 + record), "ok": np.float32(counts and not bad)}, bad
+    turn = self._order[place]
+    source, record = turn.part.source, turn.record
+    made, bad = readable(self.sources[source], turn, self._seed and [*self._seed, place])
+    return {**made, "id": np.int64(source * 2**32 + record), "ok": np.float32(turn.counts and not bad)}, bad
 
 
 def batches(rows: Fraction, batch: int) -> int:
