@@ -5,6 +5,7 @@ import random
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -276,6 +277,57 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
     step, state, loader = Checkpoints(tmp_path, say=said.append).restore(abstract)
     assert step >= finished[-1] and loader == {"at": step} and said == []
     assert [int(x.min()) for x in state["x"]] == [int(x.max()) for x in state["x"]] == [step + p for p in range(8)]
+
+
+PAIR = """
+import sys; sys.argv = ["toy", "", "", "1"]
+import time
+import jax
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.config.update("jax_enable_preemption_service", False)
+jax.distributed.initialize("localhost:{port}", 2, {number}, shutdown_timeout_seconds=1)
+from anisora_jax.checkpoints import manifest
+from anisora_jax.checkpoints.orbax import Checkpoints
+from anisora_jax.errors import BadInput
+write = manifest.write
+def slow(folder, step):
+  time.sleep(3)
+  if step == 1:
+    raise OSError("full")
+  write(folder, step)
+manifest.write = slow
+state = {{"x": jax.make_array_from_callback((4,), jax.NamedSharding(jax.make_mesh((2,), ("a",)), jax.P("a")),
+                                            lambda index: jax.numpy.arange(4.0)[index])}}
+with Checkpoints({folder!r}) as checkpoints:
+  for step in (1, 2):
+    checkpoints.save(step, state, {{}}, {{}})
+    try:
+      checkpoints.wait()
+      print(step, "finished", flush=True)
+    except BadInput as error:
+      print(step, "lost:", error, flush=True)
+"""
+
+
+def test_no_host_leaves_before_the_first_says_how_a_save_ended(tmp_path):
+  """JAX ends all hosts when one leaves much later than another: here a second later, in which nothing is finished."""
+  with socket.socket() as probe:
+    probe.bind(("localhost", 0))
+    port = probe.getsockname()[1]
+  hosts = [subprocess.Popen([sys.executable, "-c", PAIR.format(port=port, number=number, folder=str(tmp_path))],
+                            cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+           for number in (0, 1)]
+  try:
+    said = [host.communicate(timeout=120) for host in hosts]
+  finally:
+    for host in hosts:
+      host.kill()
+  assert [host.returncode for host in hosts] == [0, 0], [err[-2000:] for _, err in said]
+  for out, _ in said:
+    lost, finished = [line for line in out.splitlines() if "Gloo" not in line]
+    assert lost.startswith("1 lost: the ") and "was not finished" in lost and finished == "2 finished"
+  assert Checkpoints(tmp_path).steps() == [2] and manifest.fault(tmp_path / "2", 2) is None
 
 
 def test_one_trainer_at_a_time_and_a_killed_one_locks_nothing(tmp_path):

@@ -20,12 +20,14 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
+from orbax.checkpoint import multihost
 from orbax.checkpoint import v1 as ocp
 
 from anisora_jax.checkpoints import manifest
 from anisora_jax.errors import BadInput
 
 ROOM = 2**20  # bytes for what Orbax and the manifest add to the arrays
+DAY = 24 * 3600  # seconds in which the first host must have read back what all have written
 
 
 def agreed(number: int) -> int:
@@ -143,6 +145,8 @@ class Checkpoints:
   def wait(self) -> None:
     """Waits until the last save is finished; raises BadInput if it failed, for then its steps would be lost."""
     self._join()
+    if not agreed(self._failure is None):
+      self._failure = self._failure or "the last checkpoint was not finished, as the first host says."
     if self._failure:
       self._told, self._failure = self._failure, None
       raise BadInput(self._told)
@@ -207,11 +211,16 @@ class Checkpoints:
   def _finish(self, step: int, written: Callable[[], None]) -> None:
     """In the background: waits for Orbax, adds the manifest, makes the checkpoint appear, deletes old ones."""
     try:
-      written()  # every host's files are there: Orbax commits behind a barrier
-      if jax.process_index() == 0:
-        manifest.write(self._unfinished / str(step), step)
-        self._appear(step)
-        self._delete_old(step)
+      try:
+        written()  # every host's files are there: Orbax commits behind a barrier
+        if jax.process_index() == 0:
+          manifest.write(self._unfinished / str(step), step)
+          self._appear(step)
+          self._delete_old(step)
+      finally:
+        # Whoever is done early waits here and not in a collective or at its exit, where JAX ends all after minutes.
+        # The dead are not waited for: JAX misses them and ends the others.
+        multihost.get_barrier_sync_fn()(key=f"checkpoint {step}", timeout_ms=1000 * DAY)
     except Exception as error:  # whatever it is, it belongs to the thread that trains, which asks for it
       reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
       self._failure = (f"the checkpoint of step {step} was not finished: {reason}; "
