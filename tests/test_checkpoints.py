@@ -249,6 +249,45 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, states):
     checkpoints.wait()
 
 
+def test_what_cannot_be_deleted_is_told_once_and_costs_no_save(tmp_path, states, monkeypatch):
+  delete = shutil.rmtree
+
+  def held(path, *args, **kwargs):
+    if any((Path(path) / name).exists() for name in ("open", manifest.NAME)):
+      raise OSError(39, "Directory not empty", str(path))
+    delete(path, *args, **kwargs)
+
+  monkeypatch.setattr(shutil, "rmtree", held)
+  for name in (".nfs0001", ".DS_Store"):
+    (tmp_path / "unfinished").mkdir(exist_ok=True)
+    (tmp_path / "unfinished" / name).write_text("")
+  (tmp_path / "unfinished" / "9").mkdir()
+  (tmp_path / "unfinished" / "9" / "open").write_text("")
+  said = []
+  checkpoints = save(tmp_path, states, 1, 2, 3, 3, keep=1, say=said.append)
+  assert checkpoints.steps() == [3]
+  left = sorted(path.name for path in (tmp_path / "unfinished").iterdir())
+  assert [name.rpartition(".")[0] or name for name in left] == ["9", "old.1", "old.2", "old.3"]
+  assert sorted(said) == [f"{tmp_path}/unfinished/{name} cannot be deleted (Directory not empty) and takes room: "
+                          "delete it." for name in left]
+  checkpoints.save(9, on(toy.mesh_of(8), states[0]), LOADER, CONFIG)
+  with pytest.raises(BadInput, match=f"step 9 was not written: {tmp_path}/unfinished/9 is in the way: delete it"):
+    checkpoints.wait()
+
+
+def test_an_old_checkpoint_that_stays_in_its_place_costs_no_save(tmp_path, states, monkeypatch):
+  rename, said = Path.rename, []
+
+  def refused(path, to):
+    if path == tmp_path / "1":
+      raise PermissionError(13, "Permission denied", str(path))
+    return rename(path, to)
+
+  monkeypatch.setattr(Path, "rename", refused)
+  assert save(tmp_path, states, 1, 2, 3, keep=1, say=said.append).steps() == [1, 3]
+  assert said == [f"{tmp_path}/1 cannot be deleted (Permission denied) and takes room: delete it."]
+
+
 SAVER = """
 import sys; sys.argv = ["toy", "", "", "2"]
 import jax.numpy as jnp

@@ -97,6 +97,7 @@ class Checkpoints:
     self._failure: str | None = None  # of the last save
     self._told: str | None = None
     self._spoilt: set[int] = set()
+    self._stuck: set[Path] = set()  # what could not be deleted
 
   def __enter__(self) -> "Checkpoints":
     return self
@@ -198,7 +199,9 @@ class Checkpoints:
     try:
       self._unfinished.mkdir(parents=True, exist_ok=True)
       for path in self._unfinished.iterdir():
-        shutil.rmtree(path)
+        self._delete(path)
+      if (self._unfinished / str(step)).exists():
+        raise FileExistsError(f"{self._unfinished / str(step)} is in the way: delete it")
       free = shutil.disk_usage(self.folder).free
     except OSError as error:
       self._failure = f"the checkpoint of step {step} was not written: {error}."
@@ -227,25 +230,47 @@ class Checkpoints:
                        f"earlier checkpoints in {self.folder} are untouched.")
 
   def _appear(self, step: int) -> None:
-    final = self.folder / str(step)
+    final, replaced = self.folder / str(step), None
     if step in self.steps():
       # Damaged and redone, or a step trained again from an older one.
-      final.rename(self._unfinished / f"{step}.replaced")
+      replaced = self._set_aside(step)
     if final.is_symlink() or final.exists():
       raise FileExistsError(f"{final} is in the way and is not ours: move it away")
     (self._unfinished / str(step)).rename(final)
     self._spoilt.discard(step)
-    shutil.rmtree(self._unfinished / f"{step}.replaced", ignore_errors=True)
+    if replaced:
+      self._delete(replaced)
 
   def _delete_old(self, step: int) -> None:
     """Of the checkpoints up to this step leaves the newest `keep` good ones. Newer ones are none of this run's."""
     ours = [other for other in self.steps() if other <= step]
     good = [other for other in ours if other not in self._spoilt][-self.keep:]
-    for other in set(ours) - set(good):
-      # The rename comes first: a kill during the deletion must not leave half a checkpoint under a good name.
-      rubbish = self._unfinished / f"{other}.deleted"
-      (self.folder / str(other)).rename(rubbish)
-      shutil.rmtree(rubbish)
+    for other in sorted(set(ours) - set(good)):
+      try:
+        # The rename comes first: a kill during the deletion must not leave half a checkpoint under a good name.
+        self._delete(self._set_aside(other))
+      except OSError as error:
+        self._tell_stuck(self.folder / str(other), error)
+
+  def _set_aside(self, step: int) -> Path:
+    """Moves a checkpoint among what is deleted, under a name of its own: an earlier one may not have gone."""
+    return (self.folder / str(step)).rename(self._unfinished / f"old.{step}.{time.time_ns()}")
+
+  def _delete(self, path: Path) -> None:
+    """Deletes what nobody needs, as far as that can be done; the next save tries again."""
+    try:
+      if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+      else:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+      self._tell_stuck(path, error)
+
+  def _tell_stuck(self, path: Path, error: OSError) -> None:
+    """Says once that something stays that nobody needs. No save depends on it."""
+    if path not in self._stuck:
+      self._stuck.add(path)
+      self.say(f"{path} cannot be deleted ({error.strerror or error}) and takes room: delete it.")
 
   def _tell(self) -> None:
     """Says once that the last save failed."""
