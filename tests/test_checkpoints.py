@@ -152,6 +152,19 @@ def test_where_nothing_is_good_one_line_says_so(tmp_path, states):
     assert "\n" not in str(caught.value)
 
 
+def test_a_run_begins_afresh_only_where_no_checkpoint_was(tmp_path, states):
+  assert Checkpoints(tmp_path / "none").last() == 0
+  (tmp_path / "unfinished" / "4.orbax-checkpoint-tmp").mkdir(parents=True)  # a kill during the first save
+  assert Checkpoints(tmp_path).last() == 0
+  assert save(tmp_path, states, 4, 8).last() == 8
+  (tmp_path / "8" / manifest.NAME).unlink()
+  assert Checkpoints(tmp_path).last() == 4
+  (tmp_path / "4" / manifest.NAME).unlink()
+  with pytest.raises(BadInput, match=f"{tmp_path} holds numbered folders and no finished checkpoint") as caught:
+    Checkpoints(tmp_path).last()
+  assert "\n" not in str(caught.value)
+
+
 def test_a_damaged_checkpoint_is_replaced_when_its_step_comes_again_and_never_outlives_a_good_one(tmp_path, states):
   save(tmp_path, states, 4, 6, 8)
   for step in (6, 8):

@@ -115,6 +115,17 @@ class Checkpoints:
     """Steps of the finished checkpoints, oldest first; their bytes are not checked here."""
     return [step for step in self._numbered() if (self.folder / str(step) / manifest.NAME).is_file()]
 
+  def last(self) -> int:
+    """The step of the newest finished checkpoint, on every host; 0 where no save has ended. Bytes are not checked.
+
+    Raises BadInput where there are only folders without a manifest: a run would start from 0 among what is left of it.
+    """
+    last = agreed(max(self.steps(), default=-1 if self._numbered() else 0))
+    if last < 0:
+      raise BadInput(f"{self.folder} holds numbered folders and no finished checkpoint (none has a {manifest.NAME}): "
+                     "restore one from a copy, or move them away to start from step 0.")
+    return last
+
   def _numbered(self) -> list[int]:
     if not self.folder.is_dir():
       return []
