@@ -410,15 +410,30 @@ def test_another_config_is_refused_with_the_difference(tmp_path):
   old = {"model": {"depth": 4, "sizes": (1, 2)}, "train": {"steps": 10, "rate": 1e-4}, "gone": None}
   assert workdir.keep_config(tmp_path, old) == {}
   assert workdir.keep_config(tmp_path, old) == {}
-  new = {"model": {"depth": 6, "sizes": [1, 2]}, "train": {"steps": 20, "rate": 1e-4}, "added": {"a": []}}
+  new = {"model": {"depth": 6, "sizes": [1, 2]}, "train": {"steps": 20, "rate": 1e-4}}
   with pytest.raises(BadInput) as caught:
     workdir.keep_config(tmp_path, new, ["train.*"])
-  assert str(caught.value) == (f"{tmp_path} holds a run of another config (added.a: absent -> []; "
-                               f"gone: null -> absent; model.depth: 4 -> 6): take these back, or take another folder.")
+  assert str(caught.value) == (f"{tmp_path} holds a run of another config (gone: null -> absent; "
+                               "model.depth: 4 -> 6): take these back, go on with the version that wrote it, or take "
+                               "another folder.")
   assert json.loads((tmp_path / "config.json").read_text())["train"]["steps"] == 10
   more = {**old, "train": {"steps": 20, "rate": 1e-4}}
   assert workdir.keep_config(tmp_path, more, ["train.*"]) == {"train.steps": "10 -> 20"}
   assert workdir.keep_config(tmp_path, more) == {}
+
+
+def test_a_run_goes_on_with_the_fields_that_it_is_older_than_and_says_so(tmp_path):
+  old = {"model": {"depth": 4}}
+  workdir.keep_config(tmp_path, old)
+  new = {"model": {"depth": 4, "packed": 0}, "added": {"a": []}}
+  said = {"added.a": "absent -> [], for the run is older than this field",
+          "model.packed": "absent -> 0, for the run is older than this field"}
+  with pytest.raises(BadInput, match=r"config \(model\.depth: 4 -> 6\)"):
+    workdir.keep_config(tmp_path, {**new, "model": {"depth": 6, "packed": 0}})
+  assert workdir.keep_config(tmp_path, new) == said
+  assert workdir.keep_config(tmp_path, new) == {}
+  with pytest.raises(BadInput, match=r"model\.packed: 0 -> 8"):  # now it has been chosen
+    workdir.keep_config(tmp_path, {**new, "model": {"depth": 4, "packed": 8}})
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "{", '"x"'])
