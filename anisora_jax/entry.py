@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 from absl import flags, logging
 from ml_collections import config_flags
 
@@ -122,17 +123,30 @@ def _failed(error: Exception) -> None:
     print(processes.name(), traceback.format_exc(), sep="", file=sys.stderr)
 
 
-def run(main: Callable[[], None], module: str, doc: str, many: bool = True) -> None:
+def _too_large(error: jax.errors.JaxRuntimeError, smaller: str) -> BadInput:
+  """What to raise where the devices' memory did not suffice; raises any other error again."""
+  _, exhausted, text = str(error).partition("RESOURCE_EXHAUSTED: ")
+  if not exhausted or not re.search("memory|alloc", text, re.IGNORECASE):  # a message too long for gRPC exhausts, too
+    raise error
+  said = " ".join(text.split())[:200].rstrip(".")
+  return BadInput(f"a device has too little memory ({said}): {smaller}.")
+
+
+def run(main: Callable[[], None], module: str, doc: str, many: bool = True,
+        smaller: str = "ask for fewer or smaller clips at a time, or give more devices") -> None:
   """Parses the command line and runs `main`; exits with 0, or with 2 after one line about wrong input.
 
-  many: whether it may be one of many processes.
+  many: whether it may be one of many processes. smaller: what to do where the devices' memory does not suffice.
   """
   def start() -> None:
     _parse(sys.argv)
     if CPU_DEVICES.value:
       meshes.simulate(CPU_DEVICES.value)
     _join(many)
-    main()
+    try:
+      main()
+    except jax.errors.JaxRuntimeError as error:
+      raise _too_large(error, smaller) from None
 
   logging.set_verbosity(logging.ERROR)  # libraries talk to their developers; our users are told by us
   if {"--help", "-h", "-help", "--helpfull"} & set(sys.argv[1:]):

@@ -25,6 +25,9 @@ STOPPED_STATUS = flags.DEFINE_integer(
   "stopped_status", 0, "Exit status of a run that a signal stopped, for schedulers that start again what did not end.",
   lower_bound=0, upper_bound=125)
 
+SMALLER = ("take fewer clips in data.buckets, more train.micro_batches, a model.remat that keeps less, or "
+           "optimizer.offload; --dry_run says what a step takes")
+
 
 def main() -> None:
   """Reads the flags and calls the assembly."""
@@ -37,4 +40,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  entry.run(main, sys.argv[0], __doc__)
+  entry.run(main, sys.argv[0], __doc__, smaller=SMALLER)

@@ -5,6 +5,7 @@ import random
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -151,6 +152,19 @@ def test_where_nothing_is_good_one_line_says_so(tmp_path, states):
     assert "\n" not in str(caught.value)
 
 
+def test_a_run_begins_afresh_only_where_no_checkpoint_was(tmp_path, states):
+  assert Checkpoints(tmp_path / "none").last() == 0
+  (tmp_path / "unfinished" / "4.orbax-checkpoint-tmp").mkdir(parents=True)  # a kill during the first save
+  assert Checkpoints(tmp_path).last() == 0
+  assert save(tmp_path, states, 4, 8).last() == 8
+  (tmp_path / "8" / manifest.NAME).unlink()
+  assert Checkpoints(tmp_path).last() == 4
+  (tmp_path / "4" / manifest.NAME).unlink()
+  with pytest.raises(BadInput, match=f"{tmp_path} holds numbered folders and no finished checkpoint") as caught:
+    Checkpoints(tmp_path).last()
+  assert "\n" not in str(caught.value)
+
+
 def test_a_damaged_checkpoint_is_replaced_when_its_step_comes_again_and_never_outlives_a_good_one(tmp_path, states):
   save(tmp_path, states, 4, 6, 8)
   for step in (6, 8):
@@ -248,6 +262,45 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, states):
     checkpoints.wait()
 
 
+def test_what_cannot_be_deleted_is_told_once_and_costs_no_save(tmp_path, states, monkeypatch):
+  delete = shutil.rmtree
+
+  def held(path, *args, **kwargs):
+    if any((Path(path) / name).exists() for name in ("open", manifest.NAME)):
+      raise OSError(39, "Directory not empty", str(path))
+    delete(path, *args, **kwargs)
+
+  monkeypatch.setattr(shutil, "rmtree", held)
+  for name in (".nfs0001", ".DS_Store"):
+    (tmp_path / "unfinished").mkdir(exist_ok=True)
+    (tmp_path / "unfinished" / name).write_text("")
+  (tmp_path / "unfinished" / "9").mkdir()
+  (tmp_path / "unfinished" / "9" / "open").write_text("")
+  said = []
+  checkpoints = save(tmp_path, states, 1, 2, 3, 3, keep=1, say=said.append)
+  assert checkpoints.steps() == [3]
+  left = sorted(path.name for path in (tmp_path / "unfinished").iterdir())
+  assert [name.rpartition(".")[0] or name for name in left] == ["9", "old.1", "old.2", "old.3"]
+  assert sorted(said) == [f"{tmp_path}/unfinished/{name} cannot be deleted (Directory not empty) and takes room: "
+                          "delete it." for name in left]
+  checkpoints.save(9, on(toy.mesh_of(8), states[0]), LOADER, CONFIG)
+  with pytest.raises(BadInput, match=f"step 9 was not written: {tmp_path}/unfinished/9 is in the way: delete it"):
+    checkpoints.wait()
+
+
+def test_an_old_checkpoint_that_stays_in_its_place_costs_no_save(tmp_path, states, monkeypatch):
+  rename, said = Path.rename, []
+
+  def refused(path, to):
+    if path == tmp_path / "1":
+      raise PermissionError(13, "Permission denied", str(path))
+    return rename(path, to)
+
+  monkeypatch.setattr(Path, "rename", refused)
+  assert save(tmp_path, states, 1, 2, 3, keep=1, say=said.append).steps() == [1, 3]
+  assert said == [f"{tmp_path}/1 cannot be deleted (Permission denied) and takes room: delete it."]
+
+
 SAVER = """
 import sys; sys.argv = ["toy", "", "", "2"]
 import jax.numpy as jnp
@@ -278,6 +331,57 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
     assert [int(x.min()) for x in state["x"]] == [int(x.max()) for x in state["x"]] == [step + p for p in range(8)]
 
 
+PAIR = """
+import sys; sys.argv = ["toy", "", "", "1"]
+import time
+import jax
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.config.update("jax_enable_preemption_service", False)
+jax.distributed.initialize("localhost:{port}", 2, {number}, shutdown_timeout_seconds=1)
+from anisora_jax.checkpoints import manifest
+from anisora_jax.checkpoints.orbax import Checkpoints
+from anisora_jax.errors import BadInput
+write = manifest.write
+def slow(folder, step):
+  time.sleep(3)
+  if step == 1:
+    raise OSError("full")
+  write(folder, step)
+manifest.write = slow
+state = {{"x": jax.make_array_from_callback((4,), jax.NamedSharding(jax.make_mesh((2,), ("a",)), jax.P("a")),
+                                            lambda index: jax.numpy.arange(4.0)[index])}}
+with Checkpoints({folder!r}) as checkpoints:
+  for step in (1, 2):
+    checkpoints.save(step, state, {{}}, {{}})
+    try:
+      checkpoints.wait()
+      print(step, "finished", flush=True)
+    except BadInput as error:
+      print(step, "lost:", error, flush=True)
+"""
+
+
+def test_no_host_leaves_before_the_first_says_how_a_save_ended(tmp_path):
+  """JAX ends all hosts when one leaves much later than another: here a second later, in which nothing is finished."""
+  with socket.socket() as probe:
+    probe.bind(("localhost", 0))
+    port = probe.getsockname()[1]
+  hosts = [subprocess.Popen([sys.executable, "-c", PAIR.format(port=port, number=number, folder=str(tmp_path))],
+                            cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+           for number in (0, 1)]
+  try:
+    said = [host.communicate(timeout=120) for host in hosts]
+  finally:
+    for host in hosts:
+      host.kill()
+  assert [host.returncode for host in hosts] == [0, 0], [err[-2000:] for _, err in said]
+  for out, _ in said:
+    lost, finished = [line for line in out.splitlines() if "Gloo" not in line]
+    assert lost.startswith("1 lost: the ") and "was not finished" in lost and finished == "2 finished"
+  assert Checkpoints(tmp_path).steps() == [2] and manifest.fault(tmp_path / "2", 2) is None
+
+
 def test_one_trainer_at_a_time_and_a_killed_one_locks_nothing(tmp_path):
   holder = subprocess.Popen([sys.executable, "-c", f"""
 import time
@@ -306,15 +410,30 @@ def test_another_config_is_refused_with_the_difference(tmp_path):
   old = {"model": {"depth": 4, "sizes": (1, 2)}, "train": {"steps": 10, "rate": 1e-4}, "gone": None}
   assert workdir.keep_config(tmp_path, old) == {}
   assert workdir.keep_config(tmp_path, old) == {}
-  new = {"model": {"depth": 6, "sizes": [1, 2]}, "train": {"steps": 20, "rate": 1e-4}, "added": {"a": []}}
+  new = {"model": {"depth": 6, "sizes": [1, 2]}, "train": {"steps": 20, "rate": 1e-4}}
   with pytest.raises(BadInput) as caught:
     workdir.keep_config(tmp_path, new, ["train.*"])
-  assert str(caught.value) == (f"{tmp_path} holds a run of another config (added.a: absent -> []; "
-                               f"gone: null -> absent; model.depth: 4 -> 6): take these back, or take another folder.")
+  assert str(caught.value) == (f"{tmp_path} holds a run of another config (gone: null -> absent; "
+                               "model.depth: 4 -> 6): take these back, go on with the version that wrote it, or take "
+                               "another folder.")
   assert json.loads((tmp_path / "config.json").read_text())["train"]["steps"] == 10
   more = {**old, "train": {"steps": 20, "rate": 1e-4}}
   assert workdir.keep_config(tmp_path, more, ["train.*"]) == {"train.steps": "10 -> 20"}
   assert workdir.keep_config(tmp_path, more) == {}
+
+
+def test_a_run_goes_on_with_the_fields_that_it_is_older_than_and_says_so(tmp_path):
+  old = {"model": {"depth": 4}}
+  workdir.keep_config(tmp_path, old)
+  new = {"model": {"depth": 4, "packed": 0}, "added": {"a": []}}
+  said = {"added.a": "absent -> [], for the run is older than this field",
+          "model.packed": "absent -> 0, for the run is older than this field"}
+  with pytest.raises(BadInput, match=r"config \(model\.depth: 4 -> 6\)"):
+    workdir.keep_config(tmp_path, {**new, "model": {"depth": 6, "packed": 0}})
+  assert workdir.keep_config(tmp_path, new) == said
+  assert workdir.keep_config(tmp_path, new) == {}
+  with pytest.raises(BadInput, match=r"model\.packed: 0 -> 8"):  # now it has been chosen
+    workdir.keep_config(tmp_path, {**new, "model": {"depth": 4, "packed": 8}})
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "{", '"x"'])

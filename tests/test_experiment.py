@@ -318,6 +318,13 @@ def test_wrong_configs_are_one_line_and_leave_nothing(case, records, tmp_path, c
   assert not (tmp_path / "run" / "config.json").exists()
 
 
+def test_a_run_whose_checkpoints_are_not_whole_is_not_begun_again(records, tmp_path):
+  (tmp_path / "checkpoints" / "2").mkdir(parents=True)
+  with pytest.raises(BadInput, match="no finished checkpoint"):
+    train.train(settings(records), tmp_path)
+  assert not (tmp_path / "config.json").exists()
+
+
 def test_what_a_clip_shared_by_devices_takes_is_estimated(records):
   said = []
   for buckets_ in ("5x16x24@8", "5x16x24@1/8"):

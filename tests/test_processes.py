@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import pytest
 from absl import flags
 from absl.testing import flagsaver
@@ -191,6 +192,49 @@ def test_a_mistake_of_one_ends_the_others_soon(start, records, tmp_path):
   assert runs[1].returncode == 2 and wrong.startswith("error: process 1 of 2: no records in /nowhere")
   assert runs[0].returncode not in (0, 2) and "another" in warned
   assert time.time() - began < 120
+
+
+FULL = """
+import sys
+import jax
+from anisora_jax import entry
+entry.run(lambda: jax.numpy.ones(%s, jax.numpy.uint8), "", "", smaller="take less")
+"""
+
+
+def run_full(environment, shape: str, *words: str) -> subprocess.Popen:
+  return subprocess.Popen([sys.executable, "-c", FULL % shape, *words], cwd=ROOT, env=environment, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def test_too_little_memory_is_one_line_of_each_and_says_what_to_do(environment):
+  words = [f"--coordinator=localhost:{free_port()}", "--processes=2"]
+  runs = [run_full(environment, "2**46", *words, f"--process={k}") for k in (0, 1)]
+  for name, (_, warned) in zip(("", "process 0 of 2: ", "process 1 of 2: "),
+                               ends([run_full(environment, "2**46"), *runs], status=2), strict=True):
+    said = f"a device has too little memory (Out of memory allocating {2**46} bytes): take less."
+    assert warned == [f"error: {name}{said}"]
+
+
+@pytest.mark.parametrize("text, said", [
+  ("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9.00GiB.", "9.00GiB): less."),
+  ("INTERNAL: a step: RESOURCE_EXHAUSTED: Failed to allocate request for 9.0GiB\nLargest: x", "Largest: x): less."),
+  ("RESOURCE_EXHAUSTED: Attempting to reserve 9G at the bottom of memory. That was not possible.", "possible): less."),
+  ("RESOURCE_EXHAUSTED: Received message larger than max (9 vs. 4)", None), ("INTERNAL: out of memory", None)])
+def test_devices_without_memory_are_told_from_other_failures(text, said):
+  error = jax.errors.JaxRuntimeError(text)
+  if said is None:
+    with pytest.raises(jax.errors.JaxRuntimeError):
+      entry._too_large(error, "less")
+  else:
+    line = str(entry._too_large(error, "less"))
+    assert said in line and "\n" not in line
+
+
+def test_another_error_of_the_device_keeps_its_traceback(environment):
+  (_, warned), = ends([run_full(environment, "jax.pure_callback(lambda: 1 / 0, jax.ShapeDtypeStruct((), 'int32'))")],
+                      status=1)
+  assert any("ZeroDivisionError" in line for line in warned) and "Traceback (most recent call last):" in warned
 
 
 JOIN = """

@@ -20,12 +20,14 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
+from orbax.checkpoint import multihost
 from orbax.checkpoint import v1 as ocp
 
 from anisora_jax.checkpoints import manifest
 from anisora_jax.errors import BadInput
 
 ROOM = 2**20  # bytes for what Orbax and the manifest add to the arrays
+DAY = 24 * 3600  # seconds in which the first host must have read back what all have written
 
 
 def agreed(number: int) -> int:
@@ -95,6 +97,7 @@ class Checkpoints:
     self._failure: str | None = None  # of the last save
     self._told: str | None = None
     self._spoilt: set[int] = set()
+    self._stuck: set[Path] = set()  # what could not be deleted
 
   def __enter__(self) -> "Checkpoints":
     return self
@@ -111,6 +114,17 @@ class Checkpoints:
   def steps(self) -> list[int]:
     """Steps of the finished checkpoints, oldest first; their bytes are not checked here."""
     return [step for step in self._numbered() if (self.folder / str(step) / manifest.NAME).is_file()]
+
+  def last(self) -> int:
+    """The step of the newest finished checkpoint, on every host; 0 where no save has ended. Bytes are not checked.
+
+    Raises BadInput where there are only folders without a manifest: a run would start from 0 among what is left of it.
+    """
+    last = agreed(max(self.steps(), default=-1 if self._numbered() else 0))
+    if last < 0:
+      raise BadInput(f"{self.folder} holds numbered folders and no finished checkpoint (none has a {manifest.NAME}): "
+                     "restore one from a copy, or move them away to start from step 0.")
+    return last
 
   def _numbered(self) -> list[int]:
     if not self.folder.is_dir():
@@ -143,6 +157,8 @@ class Checkpoints:
   def wait(self) -> None:
     """Waits until the last save is finished; raises BadInput if it failed, for then its steps would be lost."""
     self._join()
+    if not agreed(self._failure is None):
+      self._failure = self._failure or "the last checkpoint was not finished, as the first host says."
     if self._failure:
       self._told, self._failure = self._failure, None
       raise BadInput(self._told)
@@ -194,7 +210,9 @@ class Checkpoints:
     try:
       self._unfinished.mkdir(parents=True, exist_ok=True)
       for path in self._unfinished.iterdir():
-        shutil.rmtree(path)
+        self._delete(path)
+      if (self._unfinished / str(step)).exists():
+        raise FileExistsError(f"{self._unfinished / str(step)} is in the way: delete it")
       free = shutil.disk_usage(self.folder).free
     except OSError as error:
       self._failure = f"the checkpoint of step {step} was not written: {error}."
@@ -207,36 +225,63 @@ class Checkpoints:
   def _finish(self, step: int, written: Callable[[], None]) -> None:
     """In the background: waits for Orbax, adds the manifest, makes the checkpoint appear, deletes old ones."""
     try:
-      written()  # every host's files are there: Orbax commits behind a barrier
-      if jax.process_index() == 0:
-        manifest.write(self._unfinished / str(step), step)
-        self._appear(step)
-        self._delete_old(step)
+      try:
+        written()  # every host's files are there: Orbax commits behind a barrier
+        if jax.process_index() == 0:
+          manifest.write(self._unfinished / str(step), step)
+          self._appear(step)
+          self._delete_old(step)
+      finally:
+        # Whoever is done early waits here and not in a collective or at its exit, where JAX ends all after minutes.
+        # The dead are not waited for: JAX misses them and ends the others.
+        multihost.get_barrier_sync_fn()(key=f"checkpoint {step}", timeout_ms=1000 * DAY)
     except Exception as error:  # whatever it is, it belongs to the thread that trains, which asks for it
       reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
       self._failure = (f"the checkpoint of step {step} was not finished: {reason}; "
                        f"earlier checkpoints in {self.folder} are untouched.")
 
   def _appear(self, step: int) -> None:
-    final = self.folder / str(step)
+    final, replaced = self.folder / str(step), None
     if step in self.steps():
       # Damaged and redone, or a step trained again from an older one.
-      final.rename(self._unfinished / f"{step}.replaced")
+      replaced = self._set_aside(step)
     if final.is_symlink() or final.exists():
       raise FileExistsError(f"{final} is in the way and is not ours: move it away")
     (self._unfinished / str(step)).rename(final)
     self._spoilt.discard(step)
-    shutil.rmtree(self._unfinished / f"{step}.replaced", ignore_errors=True)
+    if replaced:
+      self._delete(replaced)
 
   def _delete_old(self, step: int) -> None:
     """Of the checkpoints up to this step leaves the newest `keep` good ones. Newer ones are none of this run's."""
     ours = [other for other in self.steps() if other <= step]
     good = [other for other in ours if other not in self._spoilt][-self.keep:]
-    for other in set(ours) - set(good):
-      # The rename comes first: a kill during the deletion must not leave half a checkpoint under a good name.
-      rubbish = self._unfinished / f"{other}.deleted"
-      (self.folder / str(other)).rename(rubbish)
-      shutil.rmtree(rubbish)
+    for other in sorted(set(ours) - set(good)):
+      try:
+        # The rename comes first: a kill during the deletion must not leave half a checkpoint under a good name.
+        self._delete(self._set_aside(other))
+      except OSError as error:
+        self._tell_stuck(self.folder / str(other), error)
+
+  def _set_aside(self, step: int) -> Path:
+    """Moves a checkpoint among what is deleted, under a name of its own: an earlier one may not have gone."""
+    return (self.folder / str(step)).rename(self._unfinished / f"old.{step}.{time.time_ns()}")
+
+  def _delete(self, path: Path) -> None:
+    """Deletes what nobody needs, as far as that can be done; the next save tries again."""
+    try:
+      if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+      else:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+      self._tell_stuck(path, error)
+
+  def _tell_stuck(self, path: Path, error: OSError) -> None:
+    """Says once that something stays that nobody needs. No save depends on it."""
+    if path not in self._stuck:
+      self._stuck.add(path)
+      self.say(f"{path} cannot be deleted ({error.strerror or error}) and takes room: delete it.")
 
   def _tell(self) -> None:
     """Says once that the last save failed."""

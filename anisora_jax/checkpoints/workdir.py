@@ -81,8 +81,9 @@ def differences(old: dict, new: dict) -> dict[str, str]:
 def keep_config(folder: str | Path, config: dict, may_change: Iterable[str] = ()) -> dict[str, str]:
   """Writes config.json into a new run's folder, or holds config against the one there. Returns what changed, to say.
 
-  config: JSON. may_change: names of fields, or patterns like "report.*", that a run may resume with otherwise; the
-  file then takes the new values. Raises BadInput with every other difference, as "field: old -> new".
+  config: JSON. may_change: names of fields, or patterns like "report.*", that a run may resume with otherwise; so may
+  fields that were added since, which nobody could choose. The file then takes the new values. Raises BadInput with
+  every other difference, as "field: old -> new".
   """
   path, allowed = Path(folder) / "config.json", list(may_change)
   changed: dict[str, str] = {}
@@ -93,12 +94,14 @@ def keep_config(folder: str | Path, config: dict, may_change: Iterable[str] = ()
       old = None
     if not isinstance(old, dict):
       raise BadInput(f"{path} is not a config that can be read: restore it, or take another folder.")
-    changed = differences(old, config)
+    known, changed = flatten(old), differences(old, config)
     refused = [f"{name}: {change}" for name, change in changed.items()
-               if not any(fnmatch.fnmatchcase(name, pattern) for pattern in allowed)]
+               if name in known and not any(fnmatch.fnmatchcase(name, pattern) for pattern in allowed)]
     if refused:
-      raise BadInput(f"{folder} holds a run of another config ({'; '.join(refused)}): take these back, or take another "
-                     f"folder.")
+      raise BadInput(f"{folder} holds a run of another config ({'; '.join(refused)}): take these back, go on with the "
+                     "version that wrote it, or take another folder.")
+    changed = {name: change if name in known else f"{change}, for the run is older than this field"
+               for name, change in changed.items()}
   if jax.process_index() == 0 and (changed or not path.exists()):
     # A rename, so that a kill leaves the old file or the new one.
     partial = path.with_suffix(".partial")

@@ -10,7 +10,7 @@ from anisora_jax.errors import BadInput
 
 
 class Older(BadInput, AttributeError):
-  """A saved config lacks a field that was added since."""
+  """A saved config lacks a field that was added since, and here is no config to take it from, as training has."""
 
 
 class Saved(ConfigDict):

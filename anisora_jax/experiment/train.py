@@ -15,7 +15,7 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from anisora_jax.checkpoints import manifest, workdir
-from anisora_jax.checkpoints.orbax import Checkpoints, agreed
+from anisora_jax.checkpoints.orbax import Checkpoints
 from anisora_jax.errors import BadInput
 from anisora_jax.experiment import advised, encode, encoders, origin
 from anisora_jax.experiment.encoders import Captions
@@ -164,7 +164,7 @@ def train(config: ConfigDict, folder: Path, say: Callable[[str], None] = print) 
     abstract, make = training_state(parts, chain)
     due = loop.Due(config.train.steps, config.train.report, config.train.held_out, config.train.checkpoint)
     plain = json.loads(config.to_json_best_effort())
-    newest = agreed(max(Checkpoints(folder / "checkpoints").steps(), default=0))
+    newest = Checkpoints(folder / "checkpoints").last()
     fresh = newest == 0
     source = origin.source_of(parts, config, config.model.expert) if parts.lora or fresh else None
     frozen, captions = frozen_parts(parts, config)
