@@ -66,6 +66,10 @@ def _by_head(work: Callable, side: Side, ids: Ids, *arrays: Array) -> tuple[Arra
   met = _met(side, ids)
   if ids is None and s % side(s):  # the keys that fill the last tile up must be hidden
     ids = Marks(jnp.zeros((b, l), jnp.int32)), Marks(jnp.zeros((b, s), jnp.int32))
+  if ids is not None:
+    # As if they came of q: of what is known without it, JAX takes all tiles out of a loop over layers, and keeps them.
+    (q, ids), others = lax.optimization_barrier((arrays[0], ids)), arrays[1:]
+    arrays = q, *others
   apart = [rearrange(x, "b l a k -> (b a) l k" if x.ndim == 4 else "b a l -> (b a) l") for x in arrays]
   apart.append(jax.tree.map(lambda x: repeat(x, "b l -> (b a) l", a=a), ids))
   most = LOGITS.get(_platform(), LOGITS_ELSEWHERE) // (side(l) * side(s))
@@ -109,7 +113,8 @@ def _loop(turn: Callable, carry, tiles):
 def _logits(rows: Float[Array, "x k"], columns: Float[Array, "y k"], seen) -> Float[Array, "x y"]:
   """Before they are scaled, which costs nothing where they are exponentiated."""
   logits = jnp.einsum("xk,yk->xy", rows, columns, **F32)
-  return logits if seen is None else jnp.where(seen, logits, HIDDEN)
+  # Not where(seen, logits, HIDDEN): of that constant, too, JAX keeps an array of every tile, see `_by_head`.
+  return logits if seen is None else jnp.where(seen, logits, jnp.minimum(logits, HIDDEN))
 
 
 def _sees(q_ids, k_ids) -> Bool[Array, "l s"] | None:
