@@ -373,12 +373,18 @@ def test_malformed_keyframes_are_refused():
 
 
 @pytest.mark.parametrize(("words", "said"), [
-  (["--config=configs/tiny.py", "--config.train.stps=3"], "steps"),
-  (["--config=configs/nothing.py", "--workdir=x"], "configs/nothing.py"),
-  (["--confg=configs/tiny.py"], "did you mean 'config'"),
-])
+  (["train", "--config=configs/tiny.py", "--config.train.stps=3"],
+   "no config field is named config.train.stps: did you mean 'config.train.steps'?"),
+  (["train", "--config", "configs/tiny.py", "--config.dta.records=a"], "did you mean 'config.data.records'?"),
+  (["train", "--config=configs/tiny.py", "--learning_rate=3"], "no flag is named --learning_rate: see --help; "
+   "fields are in configs/base.py, as --config.optimizer.rate=3e-4."),
+  (["train", "--config=configs/nothing.py", "--workdir=x"], "configs/nothing.py"),
+  (["train", "--confg=configs/tiny.py"], "did you mean 'config'"),
+  (["train", "--config.data.records=a", "--workdir=x"], "no --config was given: add --config configs/tiny.py."),
+  (["sample", "--workdir=x", "--config.sample.steps=4"], "settings of a run are flags, --steps 4."),
+], ids=lambda given: " ".join(given) if isinstance(given, list) else "")
 def test_wrong_flags_are_one_line_with_the_nearest_name(words, said, environment, tmp_path):
-  done = subprocess.run([sys.executable, "-m", "anisora_jax.train", *words], cwd=ROOT, env=environment,
+  done = subprocess.run([sys.executable, "-m", f"anisora_jax.{words[0]}", *words[1:]], cwd=ROOT, env=environment,
                         capture_output=True, text=True)
   assert done.returncode == 2 and "Traceback" not in done.stderr
   assert said in done.stderr and len(done.stderr.strip().splitlines()) == 1
