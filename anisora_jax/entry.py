@@ -52,15 +52,15 @@ def _fields(config: Any, prefix: str = "config.") -> list[str]:
           for name in (_fields(value, f"{prefix}{key}.") if hasattr(value, "items") else [prefix + key])]
 
 
-def _parse(arguments: Sequence[str]) -> None:
+def _parse(arguments: Sequence[str], module: str) -> None:
   """Reads the command line; tells in one line what absl and ml_collections find wrong with it."""
   try:
     rest = flags.FLAGS(list(arguments))
     _fields(CONFIG.value or {})  # a file that could not be loaded says so when it is first read
   except flags.UnrecognizedFlagError as error:
-    raise BadInput(f"no flag is named --{error.flagname}: {nearest(error.flagname, _known())}") from None
+    raise BadInput(_no_flag(error, arguments, module)) from None
   except (AttributeError, KeyError) as error:
-    raise BadInput(f"no config field is named {' '.join(str(error.args[0]).split())}") from None
+    raise BadInput(f"no config field is named {_no_field(arguments) or ' '.join(str(error).split())}") from None
   except (flags.Error, ValueError, TypeError) as error:
     raise BadInput(_last_word(str(error))) from None
   except OSError as error:
@@ -80,13 +80,33 @@ def _last_word(text: str) -> str:
   return said if kind == "ValueError" else f"the config file cannot be run: {kind}: {said}"
 
 
-def _known() -> list[str]:
-  """All flags, and the config's fields where there is a config."""
+def _unchanged(arguments: Sequence[str]) -> list[str]:
+  """The fields of the config file that a command line names, as it stands there; none where it cannot be loaded."""
+  path = re.search(r"\s--?config[=\s](\S+)", " ".join(arguments))
   try:
-    fields = _fields(CONFIG.value)
-  except Exception:  # the config could not be loaded, of which its own message tells
-    fields = []
-  return [*flags.FLAGS, *fields]
+    return _fields(flags.FLAGS[CONFIG.name].parser.parse(path[1])) if path else []
+  except Exception:  # its own message tells of it
+    return []
+
+
+def _no_field(arguments: Sequence[str]) -> str:
+  """The first --config.FIELD that the config file has not, and what to do; "" where it has all of them."""
+  known = _unchanged(arguments)
+  for name in re.findall(r"\s--?(?:no)?(config\.[\w.]+)", " ".join(arguments)):
+    if known and not any(field == name or field.startswith(f"{name}.") for field in known):
+      return f"{name}: {nearest(name, known, 'configs/base.py explains them all.')}"
+  return ""
+
+
+def _no_flag(error: flags.UnrecognizedFlagError, arguments: Sequence[str], module: str) -> str:
+  """What to say of a flag that there is not. Flags of libraries are not for users, and not named."""
+  name, own, fields = error.flagname, _own(module), _unchanged(arguments)
+  if name.startswith("config.") and not fields:
+    last, value = name.rpartition(".")[2], error.flagvalue.partition("=")[2] or "VALUE"
+    way = f"settings of a run are flags, --{last} {value}" if last in own else "add --config configs/tiny.py"
+    return f"--{name} changes a config, and no --config was given: {way}."
+  return f"no flag is named --{name}: " + nearest(
+    name, [*own, *fields], "see --help; fields are in configs/base.py, as --config.optimizer.rate=3e-4.")
 
 
 def _meeting() -> processes.Meeting | None:
@@ -139,7 +159,7 @@ def run(main: Callable[[], None], module: str, doc: str, many: bool = True,
   many: whether it may be one of many processes. smaller: what to do where the devices' memory does not suffice.
   """
   def start() -> None:
-    _parse(sys.argv)
+    _parse(sys.argv, module)
     if CPU_DEVICES.value:
       meshes.simulate(CPU_DEVICES.value)
     _join(many)
@@ -164,9 +184,12 @@ def run(main: Callable[[], None], module: str, doc: str, many: bool = True,
   sys.exit(status)
 
 
-def _flag_help(module: str) -> str:
+def _own(module: str) -> dict[str, flags.Flag]:
   """The flags of one entry point and those that all share."""
-  own = {flag.name: flag for name in (module, __name__) for flag in flags.FLAGS.get_flags_for_module(name)}
+  return {flag.name: flag for name in (module, __name__) for flag in flags.FLAGS.get_flags_for_module(name)}
+
+
+def _flag_help(module: str) -> str:
   lines = [f"  --{flag.name}: {flag.help}" + (f" (default: {flag.default})" if flag.default not in (None, "") else "")
-           for flag in own.values() if flag.help]
+           for flag in _own(module).values() if flag.help]
   return "\n".join(["Flags:", *lines])

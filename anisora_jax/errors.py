@@ -16,11 +16,11 @@ class BadInput(ValueError):
   """Wrong input. The message is one line: what is wrong, what was got, what is allowed, what to do."""
 
 
-def nearest(name: str, allowed: Iterable[str]) -> str:
-  """Returns "did you mean ...?" for a misspelt name, or the allowed names when nothing is near."""
+def nearest(name: str, allowed: Iterable[str], otherwise: str = "") -> str:
+  """Returns "did you mean ...?" for a misspelt name, or the allowed names when nothing is near, or `otherwise`."""
   allowed = sorted(allowed)
   close = get_close_matches(name, allowed, n=1)
-  return f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(allowed)}."
+  return f"did you mean {close[0]!r}?" if close else otherwise or f"allowed: {', '.join(allowed)}."
 
 
 def pick(table: dict[str, T], name: str, what: str) -> T:

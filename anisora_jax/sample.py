@@ -61,6 +61,9 @@ SETTINGS = {  # field of the config -> flag
   "sample.multiplier": flags.DEFINE_float("multiplier", None, "Noise left on given frames, 0 .. 1; 0 keeps them exact.",
                                           lower_bound=0, upper_bound=1),
   "sample.area": flags.DEFINE_integer("area", None, "Pixels of a film in its first picture's shape.", lower_bound=0),
+  "model.kernel": flags.DEFINE_string("kernel", None, "Of attention, here; by default as in the run's config. A run of "
+                                      "cudnn is sampled by blockwise where no NVIDIA GPU is, or by splash on TPUs."),
+  "model.attention": flags.DEFINE_string("attention", None, "How devices that share a film talk, likewise."),
   "pretrained": flags.DEFINE_string("pretrained", None, "Folder of a Wan, AniSora or diffusers download."),
   "data.records": flags.DEFINE_string("records", None, "Clips for --held_out, of a run that was trained on latents."),
 }
@@ -72,10 +75,13 @@ def main() -> None:
   pictures = FIRST.value or LAST.value or CLIP.value or keyframes
   if (HELD_OUT.value or PROMPTS.value) and pictures:
     raise BadInput("--held_out and --prompts bring their own frames: leave out --first, --last, --keyframe and --clip.")
+  if WORKDIR.value and entry.CONFIG.value is not None:
+    raise BadInput(f"--config was given beside --workdir {WORKDIR.value}, a run, which has its own: leave out one of "
+                   "them; settings of a run are flags, as --steps 4.")
   changes = {name: flag.value for name, flag in SETTINGS.items()}
   if changes["data.records"]:
     changes["data.encoded"] = False
-  if entry.CONFIG.value is None or WORKDIR.value:
+  if entry.CONFIG.value is None:
     made = studio.open_run(Path(entry.needed("workdir", "out/run")), changes, ADAPTERS.value)
   else:
     made = studio.open_weights(entry.config(), changes, ADAPTERS.value)

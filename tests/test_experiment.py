@@ -241,6 +241,24 @@ def test_hidden_pixels_never_reach_a_film(made):
   np.testing.assert_array_equal(made.films(frames, mask, [""], 0), made.films(other, mask, [""], 0))
 
 
+def test_a_run_in_bfloat16_is_sampled_by_its_averages(straight):
+  one, other = (studio.open_run(straight, {"model.dtype": dtype}, count=1).rack.get(0)["blocks"]["mlp"]["up"]["kernel"]
+                for dtype in ("float32", "bfloat16"))
+  assert other.dtype == jnp.bfloat16 and (other == one.astype(jnp.bfloat16)).all()
+
+
+def test_a_run_of_cards_is_sampled_where_none_are(straight, environment, tmp_path):
+  run = copy_of(straight, tmp_path / "run")
+  config = json.loads((run / "config.json").read_text())
+  config["model"] |= {"kernel": "cudnn", "dtype": "bfloat16", "attention": "local_global"}  # with no window for it
+  (run / "config.json").write_text(json.dumps(config))
+  words = [sys.executable, "-m", "anisora_jax.sample", f"--workdir={run}", "--steps=1", f"--out={tmp_path / 'film'}"]
+  refused = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
+  assert refused.returncode == 2 and "pattern 'local_global' needs" in refused.stderr
+  subprocess.run([*words, "--kernel=blockwise", "--attention=ring"], cwd=ROOT, env=environment, check=True)
+  assert (tmp_path / "film.mp4").exists()
+
+
 def test_held_out_clips_become_films_numbers_and_a_page(made, straight):
   scores = sample.gallery(made, straight, ["first", "first_last", "character"], count=2, show=1, say=lambda _: None)
   written = json.loads((straight / "samples" / "scores.json").read_text())
@@ -380,12 +398,19 @@ def test_malformed_keyframes_are_refused():
 
 
 @pytest.mark.parametrize(("words", "said"), [
-  (["--config=configs/tiny.py", "--config.train.stps=3"], "steps"),
-  (["--config=configs/nothing.py", "--workdir=x"], "configs/nothing.py"),
-  (["--confg=configs/tiny.py"], "did you mean 'config'"),
-])
+  (["train", "--config=configs/tiny.py", "--config.train.stps=3"],
+   "no config field is named config.train.stps: did you mean 'config.train.steps'?"),
+  (["train", "--config", "configs/tiny.py", "--config.dta.records=a"], "did you mean 'config.data.records'?"),
+  (["train", "--config=configs/tiny.py", "--learning_rate=3"], "no flag is named --learning_rate: see --help; "
+   "fields are in configs/base.py, as --config.optimizer.rate=3e-4."),
+  (["train", "--config=configs/nothing.py", "--workdir=x"], "configs/nothing.py"),
+  (["train", "--confg=configs/tiny.py"], "did you mean 'config'"),
+  (["train", "--config.data.records=a", "--workdir=x"], "no --config was given: add --config configs/tiny.py."),
+  (["sample", "--workdir=x", "--config.sample.steps=4"], "settings of a run are flags, --steps 4."),
+  (["sample", "--workdir=x", "--config=configs/tiny.py"], "--config was given beside --workdir x, a run"),
+], ids=lambda given: " ".join(given) if isinstance(given, list) else "")
 def test_wrong_flags_are_one_line_with_the_nearest_name(words, said, environment, tmp_path):
-  done = subprocess.run([sys.executable, "-m", "anisora_jax.train", *words], cwd=ROOT, env=environment,
+  done = subprocess.run([sys.executable, "-m", f"anisora_jax.{words[0]}", *words[1:]], cwd=ROOT, env=environment,
                         capture_output=True, text=True)
   assert done.returncode == 2 and "Traceback" not in done.stderr
   assert said in done.stderr and len(done.stderr.strip().splitlines()) == 1

@@ -1,6 +1,7 @@
 """Launchers do what they say: they run against commands that only write down how they were called, and the notebook
 runs as it is."""
 
+import importlib
 import json
 import os
 import shutil
@@ -9,7 +10,10 @@ import sys
 import time
 from pathlib import Path
 from types import ModuleType
+from unittest.mock import NonCallableMock as Mock
 
+import jax
+import numpy as np
 import pytest
 import yaml
 from absl import flags
@@ -17,6 +21,7 @@ from quick import QUICK
 
 from anisora_jax import train
 from anisora_jax.checkpoints.workdir import flatten
+from anisora_jax.experiment import parts
 from anisora_jax.models.kernels import LOCAL
 from configs import tiny
 
@@ -68,6 +73,30 @@ def understood(words: list[str]) -> dict[str, str]:
   return found
 
 
+def tpus(*sides: int) -> list[Mock]:
+  """The chips of a slice of v5p, as far as a mesh asks for them."""
+  places = [place[::-1] for place in np.ndindex(sides[::-1])]
+  return [Mock(jax.Device, id=n, platform="tpu", device_kind="TPU v5", process_index=n // 4, core_on_chip=0,
+               coords=place) for n, place in enumerate(places)]
+
+
+def cards(count: int) -> list[Mock]:
+  return [Mock(jax.Device, id=n, platform="gpu", device_kind="NVIDIA H200", process_index=n // 8) for n in range(count)]
+
+
+def fits(words: list[str], *machines: list[Mock]) -> None:
+  """Whether a call of anisora_jax.train starts on these devices, and from weights that someone trained."""
+  said = understood(words)
+  config = importlib.import_module(said["config"].removesuffix(".py").replace("/", ".")).get_config()
+  fields = flatten(config.to_dict())
+  config.update_from_flattened_dict({name: type(fields[name])(value) for name, value in (
+    (flag.removeprefix("config."), value) for flag, value in said.items()) if name in fields})
+  for devices in machines:
+    made = parts.assemble(config, devices=devices)
+    assert made.mesh.size == len(devices) and made.buckets[0].batch
+  assert config.pretrained and config.data.encoded
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_scripts_are_sound_shell(script):
   subprocess.run(["bash", "-n", script], check=True)
@@ -92,6 +121,13 @@ def test_local_trains(tmp_path):
                                "config.train.steps": "7"}
 
 
+def test_slurm_starts_on_the_nodes_it_asks_for_and_on_more(tmp_path):
+  _, ((_, *words),) = Stubs(tmp_path, "srun").run("slurm.sh", SLURM_JOB_ID="4711")
+  asked = dict(word.removeprefix("--").split("=") for word in asked_of_slurm() if "=" in word and "@" not in word)
+  nodes, each = int(asked["nodes"]), int(asked["gpus-per-node"])
+  fits(words, cards(nodes * each), cards(each), cards(8 * each))
+
+
 @pytest.mark.parametrize("status, again", [(0, False), (75, True), (2, False), (137, False)])
 def test_slurm_starts_a_process_a_node_and_queues_again_what_was_stopped(status, again, tmp_path):
   stubs = Stubs(tmp_path, "srun", "scontrol")
@@ -102,10 +138,16 @@ def test_slurm_starts_a_process_a_node_and_queues_again_what_was_stopped(status,
   assert rest == ([["scontrol", "requeue", "4711"]] if again else [])
 
 
+def asked_of_slurm() -> list[str]:
+  """The words of the job's #SBATCH lines."""
+  lines = (LAUNCH / "slurm.sh").read_text().splitlines()
+  return [word for line in lines if line.startswith("#SBATCH ") for word in line.split()[1:]]
+
+
 def test_slurm_asks_for_a_node_s_devices_and_for_time_to_save():
   lines = (LAUNCH / "slurm.sh").read_text().splitlines()
   first = next(number for number, line in enumerate(lines) if line and not line.startswith("#"))
-  asked = [word for line in lines[:first] if line.startswith("#SBATCH ") for word in line.split()[1:]]
+  asked = asked_of_slurm()
   assert {"--ntasks-per-node=1", "--requeue", "--open-mode=append", "--signal=TERM@600"} <= set(asked)
   assert not any(line.startswith("#SBATCH") for line in lines[first:])  # sbatch would not read them
 
@@ -139,7 +181,9 @@ for _ in {1..900}; do sleep 0.05; done
 def test_tpu_vm_starts_every_worker_once_and_goes_on_with_the_same_command(tmp_path):
   stubs, homes = Stubs(tmp_path, "sudo", "mountpoint"), tmp_path / "homes"
   stubs.write("gcloud", GCLOUD.format(python=sys.executable, calls=str(stubs.calls), homes=str(homes)))
-  stubs.write("python3", VENV)
+  stubs.write("python3.12", "#!/bin/bash\nexit 1\n")  # of a version manager that has none
+  stubs.write("python3.11", VENV)
+  stubs.write("python3", "#!/bin/bash\nexit 1\n")  # too old
   started = []
   for _ in range(2):
     start = subprocess.Popen(["bash", LAUNCH / "tpu_vm.sh", "--config.train.steps=7"], cwd=ROOT, text=True, env={
@@ -159,6 +203,7 @@ def test_tpu_vm_starts_every_worker_once_and_goes_on_with_the_same_command(tmp_p
     assert understood(words)["workdir"] == "/mnt/anisora/run" and understood(words)["config.train.steps"] == "7"
     assert LOCAL[understood(words)["config.model.kernel"]].platform == "tpu"
     assert (homes / worker / "anisora" / "train.log").read_text().split() == ["step", "saved"]
+    fits(words, tpus(2, 2, 2), tpus(2, 2, 4), tpus(4, 4, 4))
   assert not list(tmp_path.glob("tmp.*"))  # the tree that was sent
 
 
@@ -216,6 +261,7 @@ def test_the_manifest_is_a_jobset_that_goes_on_when_it_was_stopped():
   assert job["completions"] == job["parallelism"] == x * y * z // container["resources"]["limits"]["google.com/tpu"]
   # A pod that was stopped or preempted fails its job, and the set starts again as often as that happens.
   said = understood([*container["command"], *container["args"]])
+  fits([*container["command"], *container["args"]], tpus(x, y, z), tpus(4, 4, 4))
   assert LOCAL[said["config.model.kernel"]].platform == "tpu"
   assert {"action": "FailJob", "onExitCodes": {"containerName": container["name"], "operator": "In", "values": [
     int(said["stopped_status"])]}} in job["podFailurePolicy"]["rules"]

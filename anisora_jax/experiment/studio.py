@@ -239,13 +239,13 @@ def open_run(folder: Path, changes: Mapping[str, object], adapters: str = "", co
   origin.adapters_of(adapters, tuned)  # refused now, not after the captions are encoded
 
   def read() -> PyTree:
-    wanted = abstract_trained(parts) if parts.lora else abstract_params(parts, kept=True)
-    with checkpoints:
-      _, now, _ = checkpoints.restore(state.TrainState(step=..., params=..., ema=wanted, opt=...))
-    made = now.ema
     if parts.lora:
+      with checkpoints:
+        _, now, _ = checkpoints.restore(state.TrainState(step=..., params=..., ema=abstract_trained(parts), opt=...))
       start = origin.read(parts, config, origin.source_of(parts, config, tuned), True, tuned)
-      made = origin.folded(start, made, parts.lora.scale)
+      made = origin.folded(start, now.ema, parts.lora.scale)
+    else:  # stored in float32 and wanted in the dtype of arithmetic
+      made = weights.read(weights.find(folder, ema=True)[""], abstract_params(parts, kept=True))
     return origin.with_adapters(made, parts, adapters, tuned)
 
   readers = [read]
