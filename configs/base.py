@@ -69,7 +69,7 @@ def get_config() -> ConfigDict:
     "records": "",            # folders written by data/pack.py or encode, or tfds:NAME: "A" or "A=0.7,tfds:B=0.3"
     "encoded": False,         # records hold latents, written by encode with this config, and not clips
     "views": 4,               # masks under which encode looks at each clip; training draws one of them each time
-    "buckets": "9x32x48@16",  # frames x height x width @ clips of a global batch; also "...@16:3,...@4/2:1", see README
+    "buckets": "9x32x48@16",  # FRAMESxHEIGHTxWIDTH@CLIPS/DEVICES:WEIGHT, with commas; README, "A mesh is six numbers"
     "tokens": 0,              # of a batch, at most, for buckets without @: the largest that the mesh divides
     "assign": "any",          # any: buckets draw from all records by weight; fit: each record has one, and comes once
     "packed": 0,              # of latents: clips of up to a bucket's length that share its rows, at most; 0: none do

@@ -6,8 +6,9 @@
     --config.data.records=out/latents --workdir out/t2v
   python -m anisora_jax.sample --workdir out/t2v --prompt "..." --out film
 
-Mesh: one GPU, or fsdp = -1 over several. Memory of a device, by --dry_run --target h200:1 at one clip: full 47.6 GiB;
-h200:8 at eight: full 13.1 GiB, lora 10.7 GiB.
+Mesh: one GPU with --config.train.micro_batches=8, or fsdp = -1 over several. Memory of a device, by --dry_run --target
+h200:1 at one clip: full 47.6 GiB; h200:8 at eight: full 13.1 GiB, lora 10.7 GiB. By --estimate --target h200:1 at eight
+clips: full 45.4 GiB in 8 micro-batches, 112.7 GiB at once.
 Record: not yet measured.
 """
 

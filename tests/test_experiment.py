@@ -343,6 +343,22 @@ def test_a_run_whose_checkpoints_are_not_whole_is_not_begun_again(records, tmp_p
   assert not (tmp_path / "config.json").exists()
 
 
+def test_a_run_without_a_checkpoint_may_be_begun_otherwise_and_tells_of_random_weights(records, tmp_path, monkeypatch):
+  """As one whose first step did not fit the memory."""
+  def full(*_):
+    raise MemoryError
+
+  said, few = [], dict(data__buckets="5x16x24@16", train__steps=1, train__held_out=0, optimizer__warmup=0)
+  with monkeypatch.context() as patch, pytest.raises(MemoryError):
+    patch.setattr(train.loop, "run", full)
+    train.train(settings(records, **few), tmp_path)
+  train.train(settings(records, **few, train__micro_batches=2), tmp_path, said.append)
+  assert runs.saved_config(tmp_path).train.micro_batches == 2
+  assert "trained 1 steps" in said[-1] and any(line.startswith("starts from random weights; --config") for line in said)
+  with pytest.raises(BadInput, match="micro_batches: 2 -> 1"):
+    train.train(settings(records, **few), tmp_path)
+
+
 def test_what_a_clip_shared_by_devices_takes_is_estimated(records):
   said = []
   for buckets_ in ("5x16x24@8", "5x16x24@1/8"):

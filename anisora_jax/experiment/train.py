@@ -39,7 +39,9 @@ from anisora_jax.planning import memory
 from anisora_jax.training import loop, optimizer, report, state, step
 from anisora_jax.training.stop import Stop
 
-# What a run may be resumed with otherwise: where and how fast it runs and what it tells, not what it learns.
+RANDOM = "starts from random weights; --config.pretrained=FOLDER or --config.model.weights=PATH give others."
+# What a run may be resumed with otherwise: where and how fast it runs and what it tells, not what it learns. Before its
+# first checkpoint, as when a step did not fit the memory, it may take anything.
 MAY_CHANGE = ("mesh.*", "pretrained", "*.weights", "text.tokenizer", "model.attention", "model.kernel", "model.remat",
               "optimizer.offload", "data.threads", "data.records", "sample.*", "train.steps", "train.report",
               "train.held_out", "train.checkpoint", "train.keep")
@@ -168,7 +170,7 @@ def train(config: ConfigDict, folder: Path, say: Callable[[str], None] = print) 
     fresh = newest == 0
     source = origin.source_of(parts, config, config.model.expert) if parts.lora or fresh else None
     frozen, captions = frozen_parts(parts, config)
-    for field, change in workdir.keep_config(folder, plain, MAY_CHANGE).items():
+    for field, change in workdir.keep_config(folder, plain, ("*",) if fresh else MAY_CHANGE).items():
       say(f"resumes with another {field}: {change}")
     see_what_the_first_sees(folder, newest)
     with Checkpoints(folder / "checkpoints", keep=config.train.keep, say=say) as checkpoints:
@@ -194,7 +196,7 @@ def train(config: ConfigDict, folder: Path, say: Callable[[str], None] = print) 
         return run(placement.viewed(now, there), batch, beside)
 
       say("\n".join([f"{meshes.describe(parts.mesh)}; {parameters(parts)}; {batches.length} clips.",
-                     *budget(parts, config)]))
+                     *budget(parts, config), *([] if source or not fresh else [RANDOM])]))
       peak = report.peak(meshes.device_kind(parts.mesh))
       clock = report.Clock(peak=peak and peak * parts.mesh.size)
       with report.Report(folder, began, config.train.steps, meshes.leads()) as out:
