@@ -217,6 +217,8 @@ def wrong(case: str, records: Path, encoded: Path, download, tmp_path: Path) -> 
     train.train(config(encoded, download, data__encoded=True, data__buckets="5x32x48@8"), tmp_path / "run", **said)
   elif case == "another number of views":
     encode.encode(config(records, download, data__views=3), encoded, 8)
+  elif case == "conditions dropped twice":
+    encode.encode(config(records, download, loss__drop_condition=2.0), tmp_path / "out", 8)
   elif case == "latents again":
     encode.encode(config(encoded, download), tmp_path / "out", 8)
   elif case == "no weights":
@@ -243,6 +245,7 @@ WRONG = {
   "image tokens from clips": "reads image tokens, which training does not make",
   "another bucket": "holds latents of 9x32x48 and bucket 5x32x48@8:1 is none of them",
   "another number of views": "holds latents of other settings (views: 2 -> 3)",
+  "conditions dropped twice": "drop_condition = 2.0 is no share: take 0 .. 1",
   "latents again": "holds latents already",
   "no weights": "give --config.codec.weights=PATH, or --config.pretrained=FOLDER",
   "a download without a VAE": "holds none of Wan2.1_VAE.pth, Wan2.2_VAE.pth, vae",

@@ -261,7 +261,7 @@ def test_every_field_of_the_base_config_is_read_by_the_assembly():
     if not isinstance(fields, ConfigDict):
       missing += [] if f"config.{section}" in source else [section]
     elif section in made:
-      missing += sorted(set(fields) - set(made[section].__dataclass_fields__) - {"ema", "offload"})
+      missing += sorted(set(fields) - set(made[section].__dataclass_fields__) - {"offload"})
     elif section in whole:
       assert f"config.{section}.to_dict()" in source
     else:
@@ -305,6 +305,14 @@ WRONG = {  # a config's wrong fields -> what the line must say
   "an unknown solver of times": (dict(times__law="normal"), "law of noise times"),
   "an unknown remat": (dict(model__remat="some"), "remat policy"),
   "an unknown loss weight": (dict(loss__weight="snr"), "loss weight"),
+  "held-out losses of no batches": (dict(train__held_out_batches=0), "held_out_batches is 0: it must be 1 or more"),
+  "no micro-batch": (dict(train__micro_batches=0), "micro_batches = 0: take 1 or more"),
+  "fewer micro-batches than none": (dict(train__micro_batches=-1), "micro_batches = -1: take 1 or more"),
+  "captions dropped twice": (dict(loss__drop_text=2.0), "drop_text = 2.0 is no share"),
+  "an average beyond its parameters": (dict(optimizer__ema=2.0), "optimizer.ema is 2.0"),
+  "given frames noisier than all": (dict(times__given=3.0), "given = 3.0 is no share"),
+  "a late part before the start": (dict(times__late_from=-1.0), "late_from = -120 is no step"),
+  "latents of nothing": (dict(codec__scale=0.0), "codec.scale is 0.0: it must be above 0"),
   "frozen parts that are not there": (dict(optimizer__frozen="decoder/"), "meets no"),
 }
 
@@ -402,7 +410,7 @@ def test_no_collective_of_a_step_can_overtake_those_of_a_loop(sizes):
   made = parts.assemble(config)
   chain, _ = optimizer.build(made.optimizer, parts.abstract_trained(made))
   state, _ = train.training_state(made, chain)
-  run = train.compiled_step(made, chain, config, state)
+  run = train.compiled_step(made, chain, state)
   lowered = run.lower(state, train.abstract_batch(made, made.buckets[0]), train.abstract_frozen(made, config))
   hlo = lowered.compile(QUICK).as_text()
   assert " while(" in hlo and "all-reduce(" in hlo

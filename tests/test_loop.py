@@ -300,7 +300,8 @@ def test_the_peak_is_known_or_not_told(kind, flops):
   assert report.peak(kind) == flops
 
 
-@pytest.mark.parametrize("wrong", [{"steps": 0}, {"steps": 5, "report": -1}, {"steps": 5, "checkpoint": -2}])
+@pytest.mark.parametrize("wrong", [{"steps": 0}, {"steps": 5, "report": -1}, {"steps": 5, "checkpoint": -2},
+                                   {"steps": 5, "held_out_batches": 0}])
 def test_nonsense_intervals_are_refused(wrong):
   with pytest.raises(BadInput, match="it must be"):
     loop.Due(**wrong)

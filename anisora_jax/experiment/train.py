@@ -90,9 +90,9 @@ def training_state(parts: Parts, chain) -> tuple[PyTree, Callable[[PyTree | None
   return abstract, lambda base: jax.jit(make, out_shardings=placed)(base, x)
 
 
-def compiled_step(parts: Parts, chain, config: ConfigDict, abstract: PyTree):
+def compiled_step(parts: Parts, chain, abstract: PyTree):
   """The jitted training step of the buckets that group the devices as `parts` does; takes over the state's memory."""
-  average = partial(optimizer.ema, limit=config.optimizer.ema)
+  average = partial(optimizer.ema, limit=parts.optimizer.ema)
   placed = jax.tree.map(lambda x: x.sharding, placement.viewed(abstract, parts.mesh))
   method = replace(parts.method, shares=partial(placement.hold_each, placed=placed.params))
   work = step.make_step(method, chain, average, partial(offload.fetched, placed=placed))
@@ -100,13 +100,30 @@ def compiled_step(parts: Parts, chain, config: ConfigDict, abstract: PyTree):
                  compiler_options=parts.compiler_options)
 
 
-def held_out_loss(parts: Parts, config: ConfigDict, frozen: step.Frozen,
+def stepping(parts: Parts, chain, abstract: PyTree, frozen: step.Frozen) -> tuple[Callable[[dict], Parts], Callable]:
+  """(batch -> the parts of its bucket, the training step of all buckets)."""
+  ways = {bucket: parts.of(bucket) for bucket in parts.buckets}
+  runs = {there.mesh: (compiled_step(there, chain, abstract), placement.viewed(frozen, there.mesh))
+          for there in ways.values()}
+
+  def way(batch: dict) -> Parts:
+    return ways[_bucket_of(parts, batch)]
+
+  def advance(now: state.TrainState, batch: dict) -> tuple[state.TrainState, step.Measures]:
+    there = way(batch).mesh
+    run, beside = runs[there]
+    return run(placement.viewed(now, there), batch, beside)
+
+  return way, advance
+
+
+def held_out_loss(parts: Parts, config: ConfigDict, count: int, frozen: step.Frozen,
                   captions: Captions | None) -> Callable[[state.TrainState], dict[str, float]]:
-  """state -> held-out loss of the averaged parameters in each bin of noise time, on the same clips at every call."""
+  """state -> held-out loss of the averaged parameters in each bin of noise time, on the same `count` batches."""
   clips, parts = loader(parts, config, "held_out", parts.buckets[:1]), replace(parts, replicas=1).of(parts.buckets[0])
   measure = jax.jit(step.make_held_out(parts.method), compiler_options=parts.compiler_options)
   frozen = placement.viewed(frozen, parts.mesh)
-  wanted = zip(range(config.train.held_out_batches), clips, strict=False)
+  wanted = zip(range(count), clips, strict=False)
   batches = [to_devices(parts, captions, batch) for _, batch in wanted]
   clips.close()
 
@@ -162,7 +179,8 @@ def train(config: ConfigDict, folder: Path, say: Callable[[str], None] = print) 
     batches = loader(parts, config, "train")
     chain, _ = optimizer.build(parts.optimizer, abstract_trained(parts))
     abstract, make = training_state(parts, chain)
-    due = loop.Due(config.train.steps, config.train.report, config.train.held_out, config.train.checkpoint)
+    due = loop.Due(config.train.steps, config.train.report, config.train.held_out, config.train.checkpoint,
+                   config.train.held_out_batches)
     plain = json.loads(config.to_json_best_effort())
     newest = agreed(max(Checkpoints(folder / "checkpoints").steps(), default=0))
     fresh = newest == 0
@@ -181,18 +199,7 @@ def train(config: ConfigDict, folder: Path, say: Callable[[str], None] = print) 
         now = make(start)
       frozen = frozen.replace(base=start if parts.lora else None)
       del start  # what was trained from it is a copy
-      ways = {bucket: parts.of(bucket) for bucket in parts.buckets}
-      runs = {there.mesh: (compiled_step(there, chain, config, abstract), placement.viewed(frozen, there.mesh))
-              for there in ways.values()}
-
-      def way(batch: dict) -> Parts:
-        return ways[_bucket_of(parts, batch)]
-
-      def advance(now: state.TrainState, batch: dict) -> tuple[state.TrainState, step.Measures]:
-        there = way(batch).mesh
-        run, beside = runs[there]
-        return run(placement.viewed(now, there), batch, beside)
-
+      way, advance = stepping(parts, chain, abstract, frozen)
       say("\n".join([f"{meshes.describe(parts.mesh)}; {parameters(parts)}; {batches.length} clips.",
                      *budget(parts, config)]))
       peak = report.peak(meshes.device_kind(parts.mesh))
@@ -201,7 +208,8 @@ def train(config: ConfigDict, folder: Path, say: Callable[[str], None] = print) 
         effects = loop.Effects(
           place=lambda batch: to_devices(way(batch), captions, batch),
           work=partial(_work, parts),
-          held_out=held_out_loss(parts, config, frozen, captions) if config.train.held_out else lambda _: {},
+          held_out=(held_out_loss(parts, config, due.held_out_batches, frozen, captions) if due.held_out else
+                    lambda _: {}),
           save=lambda number, now, position: checkpoints.save(number, now, position, plain),
           wait=checkpoints.wait, report=out, say=out.say)
         now, number, stopped = loop.run(now, advance, batches, due, effects, stop, clock)
@@ -253,7 +261,7 @@ def account(parts: Parts, config: ConfigDict, bucket: Bucket) -> Account:
   chain, _ = optimizer.build(parts.optimizer, abstract_trained(parts))
   abstract, _ = training_state(parts, chain)
   there = parts.of(bucket)
-  run = compiled_step(there, chain, config, abstract)
+  run = compiled_step(there, chain, abstract)
   given = (placement.viewed(abstract, there.mesh), abstract_batch(there, bucket),
            placement.viewed(abstract_frozen(parts, config), there.mesh))
   lowered, aside, most = run.lower(*given), 0, 0

@@ -33,16 +33,17 @@ class Loader(Protocol):
 
 @dataclass(frozen=True)
 class Due:
-  """steps: the run's last step. The rest: after every so many steps; 0 = never (a checkpoint always ends the run)."""
+  """steps: the run's last step. report, held_out, checkpoint: after every so many; 0 = never (a checkpoint always ends
+  the run). held_out_batches: in one held-out loss."""
 
   steps: int
   report: int = 10
   held_out: int = 0
   checkpoint: int = 0
+  held_out_batches: int = 1
 
   def __post_init__(self):
-    for name in ("steps", "report", "held_out", "checkpoint"):
-      least = 1 if name == "steps" else 0
+    for name, least in {"steps": 1, "report": 0, "held_out": 0, "checkpoint": 0, "held_out_batches": 1}.items():
       if getattr(self, name) < least:
         raise BadInput(f"{name} is {getattr(self, name)}: it must be {least} or more.")
 
