@@ -109,6 +109,17 @@ def test_two_hosts_stop_at_one_step_though_one_is_signalled(start, tmp_path):
   assert outs[0].endswith(f"stopped at {step}\n") and position == {"global_next_index": step * toy.BATCH}
 
 
+class Same(toy.Numbers):
+  """A loader whose batches hold the same records."""
+
+  def __init__(self, ids):
+    super().__init__()
+    self.ids = ids
+
+  def __next__(self) -> dict:
+    return {**super().__next__(), "id": self.ids}
+
+
 class Recorder:
   """Effects that only write down what happened, in order."""
 
@@ -122,8 +133,9 @@ class Recorder:
       save=lambda number, state, position: self.events.append(f"save {number} {position['global_next_index']}"),
       report=lambda number, measures: self.events.append(f"report {number} {min(measures)}"))
 
-  def run(self, due, step, begun=0, stop=None):
-    numbers = toy.Numbers()
+  def run(self, due, step, begun=0, stop=None, ids=None):
+    """ids: of the records of every batch."""
+    numbers = toy.Numbers() if ids is None else Same(ids)
     numbers.position = {"global_next_index": begun * toy.BATCH}
     state = toy.state.TrainState(np.int32(begun), None, None, None)
     return loop.run(state, step, numbers, due, self.effects(), stop or Stop(), report.Clock())
@@ -188,7 +200,20 @@ def test_eight_bad_losses_in_a_row_end_the_run_and_seven_do_not():
     recorder.run(loop.Due(steps=40, report=0), counting(bad))
   assert "\n" not in str(caught.value)
   said = [event for event in recorder.events if "left out" in event]
-  assert len(said) == 7 + 8 and said[0].startswith("step 3: loss nan, the update is left out; records 16, 17, ")
+  assert len(said) == 7 + 8
+  assert said[0] == ("step 3: loss nan, the update is left out; records: "
+                     "16, 17, 18, 19, 20, 21, 22, 23 of source 0.")
+
+
+@pytest.mark.parametrize("ids", [  # of this process, of another
+  ([[7], [2**32 + 1]], [[2], [2**32 + 1]]),
+  ([[5 * 2**48 + 7, 9 * 2**48 + 2], [-1, -1]], [[3 * 2**48 + 2**32 + 1, -1], [-1, -1]])], ids=["a row", "shared rows"])
+def test_after_a_bad_loss_the_records_of_all_processes_are_named(ids, monkeypatch):
+  here, there = (np.array(one, np.int64) for one in ids)
+  monkeypatch.setattr(loop.processes, "gather", lambda rows: np.concatenate([rows, there]))
+  recorder = Recorder()
+  recorder.run(loop.Due(steps=1, report=0), counting(lambda n: math.inf), ids=here)
+  assert recorder.events[0] == "step 1: loss inf, the update is left out; records: 2, 7 of source 0; 1 of source 1."
 
 
 def test_a_torn_last_line_is_not_read_and_what_follows_is_not_written_onto_it(tmp_path):

@@ -79,6 +79,14 @@ class Pending:
   waited: float
 
 
+def named(ids: np.ndarray) -> str:
+  """The records of a batch, of whose ids `loaders.mixture` tells: "3, 7 of source 0; 2 of source 1"."""
+  found: dict[int, list[str]] = {}
+  for record in np.unique(ids[ids >= 0] % 2**48).tolist():
+    found.setdefault(record // 2**32, []).append(str(record % 2**32))
+  return "; ".join(f"{', '.join(records)} of source {source}" for source, records in found.items())
+
+
 class Settling:
   """Takes the measures of finished steps, in order: clock, report, skipped steps, the wish to stop."""
 
@@ -93,15 +101,15 @@ class Settling:
     now = time.perf_counter()
     self.clock.step(now - self.since, step.waited, *self.effects.work(step.batch))
     self.since = now
-    if measures["skipped"]:
-      self._skip(step, measures)
-    else:
-      self.skipped = []
     last = step.number == self.due.steps or measures["stop"]
     if last or measures["skipped"] or (self.due.report and step.number % self.due.report == 0):
-      # Which records all hosts read, as one number that two runs can compare; hosts come here at the same steps.
-      records = zlib.crc32(np.ascontiguousarray(processes.gather(step.batch["id"]), np.int64).tobytes())
+      ids = processes.gather(step.batch["id"])  # of all hosts, which come here at the same steps
+      # Which records they read, as one number that two runs can compare.
+      records = zlib.crc32(np.ascontiguousarray(ids, np.int64).tobytes())
+      if measures["skipped"]:
+        self.effects.say(f"step {step.number}: loss {measures['loss']}, the update is left out; records: {named(ids)}.")
       self.effects.report(step.number, measures | self.clock.rates() | {"records": records})
+    self._count_skipped(step.number, bool(measures["skipped"]))
     return bool(measures["stop"])
 
   def pause(self) -> float:
@@ -109,12 +117,10 @@ class Settling:
     paused, self.since = time.perf_counter() - self.since, time.perf_counter()
     return paused
 
-  def _skip(self, step: Pending, measures: dict[str, float]) -> None:
-    self.skipped.append(step.number)
-    ids = ", ".join(str(record) for record in step.batch["id"].ravel()[:8])
-    self.effects.say(f"step {step.number}: loss {measures['loss']}, the update is left out; records {ids}.")
+  def _count_skipped(self, number: int, skipped: bool) -> None:
+    self.skipped = [*self.skipped, number] if skipped else []
     if len(self.skipped) == PATIENCE:
-      raise BadInput(f"{PATIENCE} steps in a row ({self.skipped[0]} to {step.number}) had a loss or gradient that was "
+      raise BadInput(f"{PATIENCE} steps in a row ({self.skipped[0]} to {number}) had a loss or gradient that was "
                      f"not finite: lower the learning rate, or look at the records named above; the last checkpoint "
                      f"is good.")
 
