@@ -207,6 +207,12 @@ def wrong(case: str, records: Path, encoded: Path, download, tmp_path: Path) -> 
   said = {"say": lambda line: None}
   if case == "another task mix":
     train.train(config(encoded, download, data__encoded=True, tasks__first=0.9), tmp_path / "run", **said)
+  elif case == "pixels of another scale":
+    made = tiny.get_config()
+    made.update({"data": {"records": str(records), "buckets": "9x32x48@8", "views": 1}})
+    encode.encode(made, tmp_path / "latents", 8, **said)
+    made.update({"data": {"records": str(tmp_path / "latents"), "encoded": True}, "codec": {"scale": 1.0}})
+    train.train(made, tmp_path / "run", **said)
   elif case == "clips for latents":
     train.train(config(records, download, "tiny_wan", data__encoded=True), tmp_path / "run", **said)
   elif case == "latents for clips":
@@ -240,6 +246,7 @@ def wrong(case: str, records: Path, encoded: Path, download, tmp_path: Path) -> 
 
 WRONG = {
   "another task mix": "was encoded with other settings (tasks.first: 0.25 -> 0.9)",
+  "pixels of another scale": "was encoded with other settings (codec settings.scale: 4.0 -> 1.0)",
   "clips for latents": "holds clips and data.encoded is True: make latents of them with encode",
   "latents for clips": "holds latents and data.encoded is False: set --config.data.encoded=True",
   "image tokens from clips": "reads image tokens, which training does not make",
