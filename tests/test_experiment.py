@@ -1,6 +1,7 @@
 """Runs as users start them: a killed one goes on bit for bit, on another mesh nearly so; wrong input is one line."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -125,6 +126,15 @@ def test_six_steps_equal_three_killed_and_resumed_bit_for_bit(straight, killed, 
   assert len(one) > 60 and one.keys() == other.keys()
   for name, value in one.items():
     np.testing.assert_array_equal(value, other[name], err_msg=name)
+
+
+def test_each_step_is_reported_with_the_learning_rate_of_its_update(straight):
+  rows = [json.loads(line) for line in (straight / "measures.jsonl").read_text().splitlines()]
+  told = {row["step"]: row["rate"] for row in rows if "loss" in row}
+  half = [(1 + math.cos(math.pi * n / 4)) / 2 for n in range(4)]  # the cosine of the four steps after the warm-up
+  expected = [5e-4, 1e-3, *(1e-3 * (0.05 + 0.95 * share) for share in half)]
+  assert list(told) == [1, 2, 3, 4, 5, 6]
+  np.testing.assert_allclose(list(told.values()), expected, rtol=1e-6)
 
 
 def test_adapters_train_beside_a_run_s_weights_the_same_on_every_mesh(straight, records, start, tmp_path):

@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -126,19 +127,20 @@ class Recorder:
   def __init__(self):
     self.events = []
 
-  def effects(self) -> loop.Effects:
-    return loop.Effects(
+  def effects(self, **others) -> loop.Effects:
+    return replace(loop.Effects(
       place=lambda batch: batch, work=lambda batch: (8, 100.0), wait=lambda: self.events.append("wait"),
       held_out=lambda state: {"held_out": float(state.step)}, say=lambda line: self.events.append(line),
       save=lambda number, state, position: self.events.append(f"save {number} {position['global_next_index']}"),
-      report=lambda number, measures: self.events.append(f"report {number} {min(measures)}"))
+      rate=lambda number: number / 10,
+      report=lambda number, measures: self.events.append(f"report {number} {min(measures)}")), **others)
 
-  def run(self, due, step, begun=0, stop=None, ids=None):
+  def run(self, due, step, begun=0, stop=None, ids=None, **effects):
     """ids: of the records of every batch."""
     numbers = toy.Numbers() if ids is None else Same(ids)
     numbers.position = {"global_next_index": begun * toy.BATCH}
     state = toy.state.TrainState(np.int32(begun), None, None, None)
-    return loop.run(state, step, numbers, due, self.effects(), stop or Stop(), report.Clock())
+    return loop.run(state, step, numbers, due, self.effects(**effects), stop or Stop(), report.Clock())
 
 
 def counting(losses=lambda n: 1.0, dispatched=None):
@@ -161,6 +163,12 @@ def test_what_is_due_happens_once_and_in_order():
   assert said == ["step 1", "step 2", "report 2", "save 2 16", "step 3", "report 3 held_out", "step 4", "report 4",
                   "save 4 32", "step 5", "step 6", "report 6", "report 6 held_out", "save 6 48", "step 7", "report 7",
                   "save 7 56", "wait"]
+
+
+def test_the_learning_rate_of_a_step_is_reported_with_its_measures():
+  recorder, told = Recorder(), {}
+  recorder.run(loop.Due(steps=4, report=2), counting(), report=lambda number, measures: told.update({number: measures}))
+  assert {number: measures["rate"] for number, measures in told.items()} == {2: 0.2, 4: 0.4}
 
 
 def test_measures_are_fetched_while_the_next_step_is_under_way():

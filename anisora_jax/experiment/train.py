@@ -177,7 +177,7 @@ def train(config: ConfigDict, folder: Path, say: Callable[[str], None] = print) 
   with Stop() as stop, workdir.lock(folder, say):
     parts = assemble(config)
     batches = loader(parts, config, "train")
-    chain, _ = optimizer.build(parts.optimizer, abstract_trained(parts))
+    chain, rate = optimizer.build(parts.optimizer, abstract_trained(parts))
     abstract, make = training_state(parts, chain)
     due = loop.Due(config.train.steps, config.train.report, config.train.held_out, config.train.checkpoint,
                    config.train.held_out_batches)
@@ -202,12 +202,15 @@ def train(config: ConfigDict, folder: Path, say: Callable[[str], None] = print) 
       way, advance = stepping(parts, chain, abstract, frozen)
       say("\n".join([f"{meshes.describe(parts.mesh)}; {parameters(parts)}; {batches.length} clips.",
                      *budget(parts, config)]))
+      # All at once and now: while a run goes on, a device would answer only after the steps under way. A step that is
+      # left out counts here as an update, and for the optimiser as none.
+      rates = np.asarray(jax.vmap(rate)(jnp.arange(due.steps)))
       peak = report.peak(meshes.device_kind(parts.mesh))
       clock = report.Clock(peak=peak and peak * parts.mesh.size)
       with report.Report(folder, began, config.train.steps, meshes.leads()) as out:
         effects = loop.Effects(
           place=lambda batch: to_devices(way(batch), captions, batch),
-          work=partial(_work, parts),
+          rate=lambda number: float(rates[number - 1]), work=partial(_work, parts),
           held_out=(held_out_loss(parts, config, due.held_out_batches, frozen, captions) if due.held_out else
                     lambda _: {}),
           save=lambda number, now, position: checkpoints.save(number, now, position, plain),

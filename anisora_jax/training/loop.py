@@ -53,6 +53,7 @@ class Effects:
   """What the loop does to the world, as functions.
 
   place: host batch (a dict of arrays and captions, with "stop" int32 [b]) -> what the step takes
+  rate: number of a step -> its learning rate
   work: host batch -> tokens and model FLOPs of the global batch, 0 where unknown
   held_out: state -> measures
   save: step, state, loader position -> returns as soon as the state may be donated
@@ -61,6 +62,7 @@ class Effects:
   """
 
   place: Callable[[dict], Any]
+  rate: Callable[[int], float]
   work: Callable[[dict], tuple[int, float]]
   held_out: Callable[[Any], dict]
   save: Callable[[int, Any, dict], Any]
@@ -108,7 +110,8 @@ class Settling:
       records = zlib.crc32(np.ascontiguousarray(ids, np.int64).tobytes())
       if measures["skipped"]:
         self.effects.say(f"step {step.number}: loss {measures['loss']}, the update is left out; records: {named(ids)}.")
-      self.effects.report(step.number, measures | self.clock.rates() | {"records": records})
+      measures |= {"rate": self.effects.rate(step.number), **self.clock.rates(), "records": records}
+      self.effects.report(step.number, measures)
     self._count_skipped(step.number, bool(measures["skipped"]))
     return bool(measures["stop"])
 
