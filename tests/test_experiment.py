@@ -185,6 +185,24 @@ def test_buckets_that_group_the_devices_each_in_their_way_train_as_on_one_device
   np.testing.assert_allclose([eight[n][0] for n in eight], [one[n][0] for n in one], rtol=2e-4)
 
 
+def test_a_run_that_is_killed_has_said_which_records_it_left_out(start, records, tmp_path):
+  spoilt = copy_of(records, tmp_path / "records")
+  for split in ("train", "held_out"):
+    shard = sorted(spoilt.glob(f"{split}-*"))[0]
+    content = bytearray(shard.read_bytes())
+    content[1500] ^= 255
+    shard.write_bytes(content)
+  run = start(tmp_path / "run", f"--config.data.records={spoilt}", "--config.train.held_out=2")
+  while run.poll() is None and not (tmp_path / "run" / "checkpoints" / "3" / "manifest.json").exists():
+    time.sleep(0.02)
+  run.send_signal(signal.SIGKILL)
+  said = run.communicate()[1].splitlines()
+  for split in ("train", "held_out"):
+    assert sum(line.startswith(f"left out of {split}: {spoilt} record ") for line in said) == 1, said
+  shown = next(line for line in said if line.startswith("step 1/6: "))
+  assert re.search(r"unread [1-9]", shown), shown  # each batch reads more rows than there are records
+
+
 def test_a_run_saved_on_eight_devices_goes_on_with_four(straight, killed, start, tmp_path):
   resumed = copy_of(killed, tmp_path / "run")
   out = finish(start(resumed, mesh=("--cpu_devices=4", "--config.mesh.fsdp=2", "--config.mesh.tensor=2")))

@@ -312,6 +312,18 @@ def test_lines_come_now_and_then_where_there_is_no_bar(tmp_path, capsys):
   assert lines == [f"step {n}/100: loss {n / 8:.4g}" for n in (*range(1, 100, 10), 100)]
 
 
+def test_each_record_that_is_left_out_is_said_once_and_of_a_heap_only_how_many():
+  lines, bad = [], [("a record 1", "torn"), ("a record 1", "torn")]
+  left_out = report.LeftOut(lines.append, "train")
+  left_out(bad)
+  assert lines == ["left out of train: a record 1: torn"] and bad == []  # or it would grow for as long as a run goes
+  left_out([("a record 1", "torn"), ("b record 1", "short")])
+  assert lines[1:] == ["left out of train: b record 1: short"]
+  left_out([(f"c record {n}", "torn") for n in range(100)])
+  assert len(lines) == 34
+  assert lines[-2:] == [f"left out of train: {n} records by now, no longer named." for n in (33, 65)]
+
+
 def test_speed_is_that_of_the_median_step():
   clock = report.Clock(window=4, peak=1000.0)
   for seconds in (9.0, 9.0, 1.0, 2.0, 30.0, 2.0):

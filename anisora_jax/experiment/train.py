@@ -30,6 +30,7 @@ from anisora_jax.experiment.parts import (
   loader,
   to_devices,
 )
+from anisora_jax.loaders import records
 from anisora_jax.loaders.buckets import Bucket
 from anisora_jax.models.attention import PATTERNS
 from anisora_jax.parallel import mesh as meshes
@@ -117,15 +118,16 @@ def stepping(parts: Parts, chain, abstract: PyTree, frozen: step.Frozen) -> tupl
   return way, advance
 
 
-def held_out_loss(parts: Parts, config: ConfigDict, count: int, frozen: step.Frozen,
-                  captions: Captions | None) -> Callable[[state.TrainState], dict[str, float]]:
-  """state -> held-out loss of the averaged parameters in each bin of noise time, on the same `count` batches."""
+def held_out_loss(parts: Parts, config: ConfigDict, count: int, frozen: step.Frozen, captions: Captions | None,
+                  left_out: report.LeftOut) -> Callable[[state.TrainState], dict[str, float]]:
+  """state -> held-out loss of the averaged parameters in each bin of noise time, always on the same `count` batches."""
   clips, parts = loader(parts, config, "held_out", parts.buckets[:1]), replace(parts, replicas=1).of(parts.buckets[0])
   measure = jax.jit(step.make_held_out(parts.method), compiler_options=parts.compiler_options)
   frozen = placement.viewed(frozen, parts.mesh)
   wanted = zip(range(count), clips, strict=False)
   batches = [to_devices(parts, captions, batch) for _, batch in wanted]
   clips.close()
+  left_out(clips.bad)
 
   def measures(now: state.TrainState) -> dict[str, float]:
     average = placement.viewed(offload.on_device(now.ema), parts.mesh)
@@ -168,6 +170,12 @@ def see_what_the_first_sees(folder: Path, newest: int) -> None:
     raise BadInput(f"{wanted[-1]}, which process 0 has, is not seen here: take a folder that all machines share.")
 
 
+def telling(say: Callable[[str], None]) -> Callable[[str], None]:
+  """What says a line that each process has for itself. say: what the first one says it by."""
+  tell = say if meshes.leads() else partial(print, file=sys.stderr)
+  return lambda line: tell(processes.name() + line)
+
+
 def train(config: ConfigDict, folder: Path, say: Callable[[str], None] = print) -> bool:
   """Trains, or goes on with the run that `folder` holds, until its last step or a signal; then all is saved.
 
@@ -208,17 +216,20 @@ def train(config: ConfigDict, folder: Path, say: Callable[[str], None] = print) 
       peak = report.peak(meshes.device_kind(parts.mesh))
       clock = report.Clock(peak=peak and peak * parts.mesh.size)
       with report.Report(folder, began, config.train.steps, meshes.leads()) as out:
+        left_out = {split: report.LeftOut(telling(out.say), split) for split in records.SPLITS}
+
+        def place(batch: dict) -> dict[str, jax.Array]:
+          left_out["train"](batches.bad)
+          return to_devices(way(batch), captions, batch)
+
         effects = loop.Effects(
-          place=lambda batch: to_devices(way(batch), captions, batch),
-          rate=lambda number: float(rates[number - 1]), work=partial(_work, parts),
-          held_out=(held_out_loss(parts, config, due.held_out_batches, frozen, captions) if due.held_out else
-                    lambda _: {}),
+          place=place, rate=lambda number: float(rates[number - 1]), work=partial(_work, parts),
+          held_out=(held_out_loss(parts, config, due.held_out_batches, frozen, captions, left_out["held_out"])
+                    if due.held_out else lambda _: {}),
           save=lambda number, now, position: checkpoints.save(number, now, position, plain),
           wait=checkpoints.wait, report=out, say=out.say)
         now, number, stopped = loop.run(now, advance, batches, due, effects, stop, clock)
     batches.close()
-    for name, reason in sorted(set(batches.bad)):  # each process tells of the records that it alone has read
-      (say if meshes.leads() else partial(print, file=sys.stderr))(f"{processes.name()}left out: {name}: {reason}")
     say(f"stopped after step {number}, saved; the same command goes on." if stopped else
         f"trained {number} steps; everything is in {folder}.")
     return stopped

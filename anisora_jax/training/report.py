@@ -23,6 +23,7 @@ from anisora_jax.training.board import Board
 PEAKS = {"H100 PCIe": 7.56e14, "H100": 9.89e14, "H200": 9.89e14, "A100": 3.12e14, "TPU v6": 9.18e14,
          "TPU v5 lite": 1.97e14, "TPU v5e": 1.97e14, "TPU v5": 4.59e14, "TPU v4": 2.75e14}
 SECONDS_PER_LINE = 10.0  # where there is no bar
+NAMED = 32  # records left out that are named, a power of two
 
 
 def peak(kind: str) -> float | None:
@@ -97,6 +98,26 @@ class Clock:
       if self._peak:
         rates["mfu"] = rates["flops_per_second"] / self._peak
     return rates
+
+
+class LeftOut:
+  """Says each record of a split that could not be read once, when it is met; of a heap, how many they are by now."""
+
+  def __init__(self, say: Callable[[str], None], split: str):
+    self._say, self._split, self._met = say, split, set[str]()
+
+  def __call__(self, bad: list[tuple[str, str]]) -> None:
+    """bad: names and reasons, which it takes out of the list."""
+    for name, reason in bad:
+      if name in self._met:
+        continue
+      before = len(self._met)
+      self._met.add(name)
+      if before < NAMED:
+        self._say(f"left out of {self._split}: {name}: {reason}")
+      elif before.bit_count() == 1:  # told whenever they have doubled
+        self._say(f"left out of {self._split}: {before + 1} records by now, no longer named.")
+    bad.clear()
 
 
 class Report:

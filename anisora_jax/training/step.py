@@ -221,7 +221,7 @@ def make_step(method: Method, optimizer: optax.GradientTransformation,
     grads, loss = gradients(bind(method, frozen), state.params, told, state.step)
     norm = optax.tree.norm(grads)
     stop = after(batch["stop"], norm).max()
-    unread = (after(batch["ok"], norm) == 0).sum()
+    unread = (after(batch["ok"], norm) == 0).sum(dtype=jnp.float32)  # a float, for these are shown
     finite = jnp.isfinite(loss) & jnp.isfinite(norm) & (stop >= 0) & (unread >= 0)  # the last two always hold
 
     state = fetch(state, known=norm)
