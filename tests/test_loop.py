@@ -312,6 +312,17 @@ def test_lines_come_now_and_then_where_there_is_no_bar(tmp_path, capsys):
   assert lines == [f"step {n}/100: loss {n / 8:.4g}" for n in (*range(1, 100, 10), 100)]
 
 
+def test_every_held_out_loss_has_its_line_where_there_is_no_bar(tmp_path, capsys):
+  with report.Report(tmp_path, 0, 100, clock=lambda: 0.0) as measures:
+    for step in (10, 20, 30):
+      measures(step, {"loss": 1.0})
+      measures(step, {"held_out": 0.5, "held_out/t 0.1": 0.25})
+  lines = capsys.readouterr().err.splitlines()
+  assert [line for line in lines if "held_out" in line] == [
+    f"step {n}/100: held_out 0.5, held_out/t 0.1 0.25" for n in (10, 20, 30)]
+  assert [line for line in lines if "loss" in line] == ["step 10/100: loss 1"]
+
+
 def test_each_record_that_is_left_out_is_said_once_and_of_a_heap_only_how_many():
   lines, bad = [], [("a record 1", "torn"), ("a record 1", "torn")]
   left_out = report.LeftOut(lines.append, "train")

@@ -160,7 +160,7 @@ class Report:
     if self._bar is not None:
       self._bar.update(step - self._bar.n)
       self._bar.set_postfix_str(text)
-    elif step >= self._steps or self._clock() - self._last >= SECONDS_PER_LINE:
+    elif "held_out" in scalars or step >= self._steps or self._clock() - self._last >= SECONDS_PER_LINE:
       self._last = self._clock()
       print(f"step {step}/{self._steps}: {text}", file=sys.stderr, flush=True)
 
