@@ -302,14 +302,16 @@ def test_only_the_first_host_writes(tmp_path):
   assert not (tmp_path / "run").exists()
 
 
-def test_lines_come_now_and_then_where_there_is_no_bar(tmp_path, capsys):
+def test_lines_come_now_and_then_with_the_time_left_where_there_is_no_bar(tmp_path, capsys):
   now = 0.0
   with report.Report(tmp_path, 0, 100, clock=lambda: now) as measures:
     for step in range(1, 101):
       measures(step, {"loss": step / 8})
-      now += 1.0
+      now += 60.0 if step == 50 else 1.0  # a checkpoint, say: it counts
   lines = capsys.readouterr().err.splitlines()
-  assert lines == [f"step {n}/100: loss {n / 8:.4g}" for n in (*range(1, 100, 10), 100)]
+  left = {1: "", 11: ", 01:29 left", 21: ", 01:19 left", 31: ", 01:09 left", 41: ", 00:59 left", 51: ", 01:46 left",
+          61: ", 01:17 left", 71: ", 00:53 left", 81: ", 00:33 left", 91: ", 00:14 left", 100: ""}
+  assert lines == [f"step {n}/100: loss {n / 8:.4g}{text}" for n, text in left.items()]
 
 
 def test_every_held_out_loss_has_its_line_where_there_is_no_bar(tmp_path, capsys):
@@ -318,7 +320,7 @@ def test_every_held_out_loss_has_its_line_where_there_is_no_bar(tmp_path, capsys
       measures(step, {"loss": 1.0})
       measures(step, {"held_out": 0.5, "held_out/t 0.1": 0.25})
   lines = capsys.readouterr().err.splitlines()
-  assert [line for line in lines if "held_out" in line] == [
+  assert [line.removesuffix(", 00:00 left") for line in lines if "held_out" in line] == [
     f"step {n}/100: held_out 0.5, held_out/t 0.1 0.25" for n in (10, 20, 30)]
   assert [line for line in lines if "loss" in line] == ["step 10/100: loss 1"]
 

@@ -129,6 +129,7 @@ class Report:
   def __init__(self, folder: str | Path, start: int, steps: int, leads: bool = True,
                clock: Callable[[], float] = time.monotonic):
     self._leads, self._steps, self._clock, self._last = leads, steps, clock, -math.inf
+    self._first: tuple[int, float] | None = None
     if not leads:
       return
     folder = Path(folder)
@@ -156,13 +157,21 @@ class Report:
     self._write({"step": step, **measures})
     scalars = {name: value for name, value in measures.items() if isinstance(value, float)}
     self._board(step, scalars)
-    text = ", ".join(f"{name} {value:.4g}" for name, value in scalars.items())
+    text, now = ", ".join(f"{name} {value:.4g}" for name, value in scalars.items()), self._clock()
+    self._first = self._first or (step, now)
     if self._bar is not None:
       self._bar.update(step - self._bar.n)
       self._bar.set_postfix_str(text)
-    elif "held_out" in scalars or step >= self._steps or self._clock() - self._last >= SECONDS_PER_LINE:
-      self._last = self._clock()
-      print(f"step {step}/{self._steps}: {text}", file=sys.stderr, flush=True)
+    elif "held_out" in scalars or step >= self._steps or now - self._last >= SECONDS_PER_LINE:
+      self._last = now
+      print(f"step {step}/{self._steps}: {text}{self._left(step, now)}", file=sys.stderr, flush=True)
+
+  def _left(self, step: int, now: float) -> str:
+    """The time left, as steps took since the first report, which came after the compilation."""
+    first, began = self._first
+    if not first < step < self._steps:
+      return ""
+    return f", {tqdm.format_interval((self._steps - step) * (now - began) / (step - first))} left"
 
   def say(self, line: str) -> None:
     """One line for the user, above the bar."""
