@@ -40,7 +40,9 @@ from anisora_jax.planning import memory
 from anisora_jax.training import loop, optimizer, report, state, step
 from anisora_jax.training.stop import Stop
 
-# What a run may be resumed with otherwise: where and how fast it runs and what it tells, not what it learns.
+# What a run may be resumed with otherwise, which is then said: where and how fast it runs and what it tells. Some may
+# change what it learns from then on: train.steps moves the end of cosine and wsd, data.records the clips, and other
+# weights the base of adapters and the encoders. Folders may have moved, so that they hold the same is not checked.
 MAY_CHANGE = ("mesh.*", "pretrained", "*.weights", "text.tokenizer", "model.attention", "model.kernel", "model.remat",
               "optimizer.offload", "data.threads", "data.records", "sample.*", "train.steps", "train.report",
               "train.held_out", "train.checkpoint", "train.keep")
