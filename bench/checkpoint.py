@@ -34,7 +34,7 @@ def main() -> None:
   made = parts.assemble(config, count=1)
   chain, _ = optimizer.build(made.optimizer, parts.abstract_params(made))
   abstract, make = train.training_state(made, chain)
-  state, step = make(), train.compiled_step(made, chain, config, abstract)
+  state, step = make(), train.compiled_step(made, chain, abstract)
   bucket, rng = made.buckets[0], np.random.default_rng(0)
   shape = (bucket.batch, bucket.frames, bucket.height, bucket.width)
   batch = parts.to_devices(made, {"frames": rng.integers(0, 255, (*shape, 3), np.uint8), "caption": [""] * bucket.batch,

@@ -143,7 +143,7 @@ def test_model_flops_are_those_of_the_traced_step_when_nothing_is_computed_twice
   made = parts.assemble(config, count=1)
   chain, _ = optimizer.build(made.optimizer, parts.abstract_trained(made))
   state, _ = train.training_state(made, chain)
-  step = train.compiled_step(made, chain, config, state)
+  step = train.compiled_step(made, chain, state)
   traced = step.trace(state, train.abstract_batch(made, made.buckets[0]), train.abstract_frozen(made, config))
   counted, told = products(traced.jaxpr), made.work(made.buckets[0])[1]
   # Dense attention's backward pass makes the logits again, a fifth of its products; adapters add a little.

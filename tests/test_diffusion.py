@@ -196,6 +196,7 @@ def test_a_sample_draws_the_same_whatever_its_batch_mates():
   ({"late_per_frame": -0.1}, "late_per_frame = -0.1 is no probability: take 0 .. 1."),
   ({"per_frame": float("nan")}, "per_frame = nan is no probability: take 0 .. 1."),
   ({"shift": 0.0}, "shift 0.0 and block 1 must be positive."),
+  ({"late_from": -1}, "late_from = -1 is no step: take 0 or more."),
   ({"block": 0}, "shift 1.0 and block 0 must be positive."),
   ({"low": 0.9, "high": 0.9}, "noise times from 0.9 to 0.9: take 0 <= low < high <= 1."),
 ])

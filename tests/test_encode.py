@@ -207,6 +207,12 @@ def wrong(case: str, records: Path, encoded: Path, download, tmp_path: Path) -> 
   said = {"say": lambda line: None}
   if case == "another task mix":
     train.train(config(encoded, download, data__encoded=True, tasks__first=0.9), tmp_path / "run", **said)
+  elif case == "pixels of another scale":
+    made = tiny.get_config()
+    made.update({"data": {"records": str(records), "buckets": "9x32x48@8", "views": 1}})
+    encode.encode(made, tmp_path / "latents", 8, **said)
+    made.update({"data": {"records": str(tmp_path / "latents"), "encoded": True}, "codec": {"scale": 1.0}})
+    train.train(made, tmp_path / "run", **said)
   elif case == "clips for latents":
     train.train(config(records, download, "tiny_wan", data__encoded=True), tmp_path / "run", **said)
   elif case == "latents for clips":
@@ -217,6 +223,8 @@ def wrong(case: str, records: Path, encoded: Path, download, tmp_path: Path) -> 
     train.train(config(encoded, download, data__encoded=True, data__buckets="5x32x48@8"), tmp_path / "run", **said)
   elif case == "another number of views":
     encode.encode(config(records, download, data__views=3), encoded, 8)
+  elif case == "conditions dropped twice":
+    encode.encode(config(records, download, loss__drop_condition=2.0), tmp_path / "out", 8)
   elif case == "latents again":
     encode.encode(config(encoded, download), tmp_path / "out", 8)
   elif case == "no weights":
@@ -238,11 +246,13 @@ def wrong(case: str, records: Path, encoded: Path, download, tmp_path: Path) -> 
 
 WRONG = {
   "another task mix": "was encoded with other settings (tasks.first: 0.25 -> 0.9)",
+  "pixels of another scale": "was encoded with other settings (codec settings.scale: 4.0 -> 1.0)",
   "clips for latents": "holds clips and data.encoded is True: make latents of them with encode",
   "latents for clips": "holds latents and data.encoded is False: set --config.data.encoded=True",
   "image tokens from clips": "reads image tokens, which training does not make",
   "another bucket": "holds latents of 9x32x48 and bucket 5x32x48@8:1 is none of them",
   "another number of views": "holds latents of other settings (views: 2 -> 3)",
+  "conditions dropped twice": "drop_condition = 2.0 is no share: take 0 .. 1",
   "latents again": "holds latents already",
   "no weights": "give --config.codec.weights=PATH, or --config.pretrained=FOLDER",
   "a download without a VAE": "holds none of Wan2.1_VAE.pth, Wan2.2_VAE.pth, vae",

@@ -1,6 +1,7 @@
 """Runs as users start them: a killed one goes on bit for bit, on another mesh nearly so; wrong input is one line."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -127,6 +128,15 @@ def test_six_steps_equal_three_killed_and_resumed_bit_for_bit(straight, killed, 
     np.testing.assert_array_equal(value, other[name], err_msg=name)
 
 
+def test_each_step_is_reported_with_the_learning_rate_of_its_update(straight):
+  rows = [json.loads(line) for line in (straight / "measures.jsonl").read_text().splitlines()]
+  told = {row["step"]: row["rate"] for row in rows if "loss" in row}
+  half = [(1 + math.cos(math.pi * n / 4)) / 2 for n in range(4)]  # the cosine of the four steps after the warm-up
+  expected = [5e-4, 1e-3, *(1e-3 * (0.05 + 0.95 * share) for share in half)]
+  assert list(told) == [1, 2, 3, 4, 5, 6]
+  np.testing.assert_allclose(list(told.values()), expected, rtol=1e-6)
+
+
 def test_adapters_train_beside_a_run_s_weights_the_same_on_every_mesh(straight, records, start, tmp_path):
   base = f"--config.model.weights={straight}"
   adapted = ("--config.lora.rank=2", "--config.lora.alpha=4", base)
@@ -173,6 +183,24 @@ def test_buckets_that_group_the_devices_each_in_their_way_train_as_on_one_device
   eight, one = losses(tmp_path / "eight"), losses(tmp_path / "one")
   assert [eight[n][1] for n in eight] == [one[n][1] for n in one]
   np.testing.assert_allclose([eight[n][0] for n in eight], [one[n][0] for n in one], rtol=2e-4)
+
+
+def test_a_run_that_is_killed_has_said_which_records_it_left_out(start, records, tmp_path):
+  spoilt = copy_of(records, tmp_path / "records")
+  for split in ("train", "held_out"):
+    shard = sorted(spoilt.glob(f"{split}-*"))[0]
+    content = bytearray(shard.read_bytes())
+    content[1500] ^= 255
+    shard.write_bytes(content)
+  run = start(tmp_path / "run", f"--config.data.records={spoilt}", "--config.train.held_out=2")
+  while run.poll() is None and not (tmp_path / "run" / "checkpoints" / "3" / "manifest.json").exists():
+    time.sleep(0.02)
+  run.send_signal(signal.SIGKILL)
+  said = run.communicate()[1].splitlines()
+  for split in ("train", "held_out"):
+    assert sum(line.startswith(f"left out of {split}: {spoilt} record ") for line in said) == 1, said
+  shown = next(line for line in said if line.startswith("step 1/6: "))
+  assert re.search(r"unread [1-9]", shown), shown  # each batch reads more rows than there are records
 
 
 def test_a_run_saved_on_eight_devices_goes_on_with_four(straight, killed, start, tmp_path):
@@ -279,7 +307,7 @@ def test_every_field_of_the_base_config_is_read_by_the_assembly():
     if not isinstance(fields, ConfigDict):
       missing += [] if f"config.{section}" in source else [section]
     elif section in made:
-      missing += sorted(set(fields) - set(made[section].__dataclass_fields__) - {"ema", "offload"})
+      missing += sorted(set(fields) - set(made[section].__dataclass_fields__) - {"offload"})
     elif section in whole:
       assert f"config.{section}.to_dict()" in source
     else:
@@ -323,6 +351,14 @@ WRONG = {  # a config's wrong fields -> what the line must say
   "an unknown solver of times": (dict(times__law="normal"), "law of noise times"),
   "an unknown remat": (dict(model__remat="some"), "remat policy"),
   "an unknown loss weight": (dict(loss__weight="snr"), "loss weight"),
+  "held-out losses of no batches": (dict(train__held_out_batches=0), "held_out_batches is 0: it must be 1 or more"),
+  "no micro-batch": (dict(train__micro_batches=0), "micro_batches = 0: take 1 or more"),
+  "fewer micro-batches than none": (dict(train__micro_batches=-1), "micro_batches = -1: take 1 or more"),
+  "captions dropped twice": (dict(loss__drop_text=2.0), "drop_text = 2.0 is no share"),
+  "an average beyond its parameters": (dict(optimizer__ema=2.0), "optimizer.ema is 2.0"),
+  "given frames noisier than all": (dict(times__given=3.0), "given = 3.0 is no share"),
+  "a late part before the start": (dict(times__late_from=-1.0), "late_from = -120 is no step"),
+  "latents of nothing": (dict(codec__scale=0.0), "codec.scale is 0.0: it must be above 0"),
   "frozen parts that are not there": (dict(optimizer__frozen="decoder/"), "meets no"),
 }
 
@@ -450,7 +486,7 @@ def test_no_collective_of_a_step_can_overtake_those_of_a_loop(sizes):
   made = parts.assemble(config)
   chain, _ = optimizer.build(made.optimizer, parts.abstract_trained(made))
   state, _ = train.training_state(made, chain)
-  run = train.compiled_step(made, chain, config, state)
+  run = train.compiled_step(made, chain, state)
   lowered = run.lower(state, train.abstract_batch(made, made.buckets[0]), train.abstract_frozen(made, config))
   hlo = lowered.compile(QUICK).as_text()
   assert " while(" in hlo and "all-reduce(" in hlo

@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -109,25 +110,38 @@ def test_two_hosts_stop_at_one_step_though_one_is_signalled(start, tmp_path):
   assert outs[0].endswith(f"stopped at {step}\n") and position == {"global_next_index": step * toy.BATCH}
 
 
+class Same(toy.Numbers):
+  """A loader whose batches hold the same records."""
+
+  def __init__(self, ids):
+    super().__init__()
+    self.ids = ids
+
+  def __next__(self) -> dict:
+    return {**super().__next__(), "id": self.ids}
+
+
 class Recorder:
   """Effects that only write down what happened, in order."""
 
   def __init__(self):
     self.events = []
 
-  def effects(self) -> loop.Effects:
-    return loop.Effects(
-      place=lambda batch: batch, work=lambda batch: (8, 100.0),
-      ids=lambda batch: batch["id"], wait=lambda: self.events.append("wait"),
+  def effects(self, **others) -> loop.Effects:
+    return replace(loop.Effects(
+      place=lambda batch: batch, work=lambda batch: (8, 100.0), ids=lambda batch: batch["id"],
+      wait=lambda: self.events.append("wait"),
       held_out=lambda state: {"held_out": float(state.step)}, say=lambda line: self.events.append(line),
       save=lambda number, state, position: self.events.append(f"save {number} {position['global_next_index']}"),
-      report=lambda number, measures: self.events.append(f"report {number} {min(measures)}"))
+      rate=lambda number: number / 10,
+      report=lambda number, measures: self.events.append(f"report {number} {min(measures)}")), **others)
 
-  def run(self, due, step, begun=0, stop=None):
-    numbers = toy.Numbers()
+  def run(self, due, step, begun=0, stop=None, records=None, **effects):
+    """records: of every batch."""
+    numbers = toy.Numbers() if records is None else Same(records)
     numbers.position = {"global_next_index": begun * toy.BATCH}
     state = toy.state.TrainState(np.int32(begun), None, None, None)
-    return loop.run(state, step, numbers, due, self.effects(), stop or Stop(), report.Clock())
+    return loop.run(state, step, numbers, due, self.effects(**effects), stop or Stop(), report.Clock())
 
 
 def counting(losses=lambda n: 1.0, dispatched=None):
@@ -150,6 +164,12 @@ def test_what_is_due_happens_once_and_in_order():
   assert said == ["step 1", "step 2", "report 2", "save 2 16", "step 3", "report 3 held_out", "step 4", "report 4",
                   "save 4 32", "step 5", "step 6", "report 6", "report 6 held_out", "save 6 48", "step 7", "report 7",
                   "save 7 56", "wait"]
+
+
+def test_the_learning_rate_of_a_step_is_reported_with_its_measures():
+  recorder, told = Recorder(), {}
+  recorder.run(loop.Due(steps=4, report=2), counting(), report=lambda number, measures: told.update({number: measures}))
+  assert {number: measures["rate"] for number, measures in told.items()} == {2: 0.2, 4: 0.4}
 
 
 def test_measures_are_fetched_while_the_next_step_is_under_way():
@@ -189,7 +209,20 @@ def test_eight_bad_losses_in_a_row_end_the_run_and_seven_do_not():
     recorder.run(loop.Due(steps=40, report=0), counting(bad))
   assert "\n" not in str(caught.value)
   said = [event for event in recorder.events if "left out" in event]
-  assert len(said) == 7 + 8 and said[0].startswith("step 3: loss nan, the update is left out; records 16, 17, ")
+  assert len(said) == 7 + 8
+  assert said[0] == ("step 3: loss nan, the update is left out; records: "
+                     "16, 17, 18, 19, 20, 21, 22, 23 of source 0.")
+
+
+@pytest.mark.parametrize("ids", [  # of this process, of another
+  ([[7], [2**32 + 1]], [[2], [2**32 + 1]]),
+  ([[5 * 2**48 + 7, 9 * 2**48 + 2], [-1, -1]], [[3 * 2**48 + 2**32 + 1, -1], [-1, -1]])], ids=["a row", "shared rows"])
+def test_after_a_bad_loss_the_records_of_all_processes_are_named(ids):
+  here, there = (np.array(one, np.int64) for one in ids)
+  recorder = Recorder()
+  recorder.run(loop.Due(steps=1, report=0), counting(lambda n: math.inf), records=here,
+               ids=lambda batch: np.concatenate([batch["id"], there]))
+  assert recorder.events[0] == "step 1: loss inf, the update is left out; records: 2, 7 of source 0; 1 of source 1."
 
 
 def test_a_torn_last_line_is_not_read_and_what_follows_is_not_written_onto_it(tmp_path):
@@ -270,14 +303,39 @@ def test_only_the_first_host_writes(tmp_path):
   assert not (tmp_path / "run").exists()
 
 
-def test_lines_come_now_and_then_where_there_is_no_bar(tmp_path, capsys):
+def test_lines_come_now_and_then_with_the_time_left_where_there_is_no_bar(tmp_path, capsys):
   now = 0.0
   with report.Report(tmp_path, 0, 100, clock=lambda: now) as measures:
     for step in range(1, 101):
       measures(step, {"loss": step / 8})
-      now += 1.0
+      now += 60.0 if step == 50 else 1.0  # a checkpoint, say: it counts
   lines = capsys.readouterr().err.splitlines()
-  assert lines == [f"step {n}/100: loss {n / 8:.4g}" for n in (*range(1, 100, 10), 100)]
+  left = {1: "", 11: ", 01:29 left", 21: ", 01:19 left", 31: ", 01:09 left", 41: ", 00:59 left", 51: ", 01:46 left",
+          61: ", 01:17 left", 71: ", 00:53 left", 81: ", 00:33 left", 91: ", 00:14 left", 100: ""}
+  assert lines == [f"step {n}/100: loss {n / 8:.4g}{text}" for n, text in left.items()]
+
+
+def test_every_held_out_loss_has_its_line_where_there_is_no_bar(tmp_path, capsys):
+  with report.Report(tmp_path, 0, 100, clock=lambda: 0.0) as measures:
+    for step in (10, 20, 30):
+      measures(step, {"loss": 1.0})
+      measures(step, {"held_out": 0.5, "held_out/t 0.1": 0.25})
+  lines = capsys.readouterr().err.splitlines()
+  assert [line.removesuffix(", 00:00 left") for line in lines if "held_out" in line] == [
+    f"step {n}/100: held_out 0.5, held_out/t 0.1 0.25" for n in (10, 20, 30)]
+  assert [line for line in lines if "loss" in line] == ["step 10/100: loss 1"]
+
+
+def test_each_record_that_is_left_out_is_said_once_and_of_a_heap_only_how_many():
+  lines, bad = [], [("a record 1", "torn"), ("a record 1", "torn")]
+  left_out = report.LeftOut(lines.append, "train")
+  left_out(bad)
+  assert lines == ["left out of train: a record 1: torn"] and bad == []  # or it would grow for as long as a run goes
+  left_out([("a record 1", "torn"), ("b record 1", "short")])
+  assert lines[1:] == ["left out of train: b record 1: short"]
+  left_out([(f"c record {n}", "torn") for n in range(100)])
+  assert len(lines) == 34
+  assert lines[-2:] == [f"left out of train: {n} records by now, no longer named." for n in (33, 65)]
 
 
 def test_speed_is_that_of_the_median_step():
@@ -301,7 +359,8 @@ def test_the_peak_is_known_or_not_told(kind, flops):
   assert report.peak(kind) == flops
 
 
-@pytest.mark.parametrize("wrong", [{"steps": 0}, {"steps": 5, "report": -1}, {"steps": 5, "checkpoint": -2}])
+@pytest.mark.parametrize("wrong", [{"steps": 0}, {"steps": 5, "report": -1}, {"steps": 5, "checkpoint": -2},
+                                   {"steps": 5, "held_out_batches": 0}])
 def test_nonsense_intervals_are_refused(wrong):
   with pytest.raises(BadInput, match="it must be"):
     loop.Due(**wrong)

@@ -57,7 +57,7 @@ def test_what_is_kept_is_told_to_the_byte():
   chain, _ = optimizer.build(made.optimizer, parts.abstract_trained(made))
   state, _ = train.training_state(made, chain)
   given = state, train.abstract_batch(made, made.buckets[0]), train.abstract_frozen(made, config)
-  program = train.compiled_step(made, chain, config, state).lower(*given).compile(QUICK)
+  program = train.compiled_step(made, chain, state).lower(*given).compile(QUICK)
   told = train.estimated(made, config, made.buckets[0])
   assert sum(told.kept.values()) == targets.memory(program, made.mesh)[0]
 

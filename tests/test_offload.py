@@ -82,7 +82,7 @@ class Training:
     self.abstract, self.make = train.training_state(self.parts, chain)
     self.batch = train.abstract_batch(self.parts, self.parts.buckets[0])
     self.frozen = train.abstract_frozen(self.parts, self.config)
-    step = train.compiled_step(self.parts, chain, self.config, self.abstract)
+    step = train.compiled_step(self.parts, chain, self.abstract)
     self.step = step.lower(self.abstract, self.batch, self.frozen).compile(QUICK)
 
   def go(self, state, first: int, steps: int):

@@ -114,6 +114,8 @@ def test_a_new_state_may_be_donated():
   ({"b2": 1.0}, "optimizer.b2 is 1.0"),
   ({"clip": 0.0}, "optimizer.clip is 0.0"),
   ({"decay": -1.0}, "optimizer.decay is -1.0"),
+  ({"ema": 2.0}, "optimizer.ema is 2.0: it must be 0 .. 1"),
+  ({"ema": -1.0}, "optimizer.ema is -1.0: it must be 0 .. 1"),
   ({"frozen": "("}, "optimizer.frozen is '(', which is no regular expression"),
   ({"frozen": "txt"}, "optimizer.frozen is 'txt', which meets no parameter"),
   ({"frozen": "."}, "optimizer.frozen is '.', which meets every parameter"),

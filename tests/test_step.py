@@ -15,6 +15,7 @@ import pytest
 from anisora_jax import keys
 from anisora_jax.diffusion import objective
 from anisora_jax.diffusion.times import TimeDraw
+from anisora_jax.errors import BadInput
 from anisora_jax.models.pixels import Pixels
 from anisora_jax.tasks.conditions import condition
 from anisora_jax.tasks.masks import TASKS, Mixture
@@ -97,6 +98,20 @@ def assert_close(found, expected, tolerance):
 
 def differs(one, other):
   return any((a != b).any() for a, b in pairs(one, other))
+
+
+@pytest.mark.parametrize("wrong, line", [
+  ({"drop_text": 2.0}, "drop_text = 2.0 is no share: take 0 .. 1."),
+  ({"drop_condition": -1.0}, "drop_condition = -1.0 is no share: take 0 .. 1."),
+  ({"drop_condition": float("nan")}, "drop_condition = nan is no share: take 0 .. 1."),
+  ({"given": 3.0}, "given = 3.0 is no share: take 0 .. 1."),
+  ({"micro_batches": 0}, "micro_batches = 0: take 1 or more."),
+  ({"micro_batches": -1}, "micro_batches = -1: take 1 or more."),
+])
+def test_a_wrong_method_is_told_in_one_line(wrong, line):
+  with pytest.raises(BadInput) as told:
+    few(**wrong)
+  assert str(told.value) == line
 
 
 # Loss and gradients of a batch

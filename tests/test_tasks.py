@@ -321,6 +321,18 @@ def test_an_image_encoder_sees_the_first_whole_frame_or_both_ends_and_nothing_hi
 # Codec and words
 
 
+@pytest.mark.parametrize("wrong, line", [
+  ({"scale": 0.0}, "codec.scale is 0.0: it must be above 0."),
+  ({"scale": float("nan")}, "codec.scale is nan: it must be above 0."),
+  ({"spatial": 0}, "codec.spatial is 0: it must be 1 or more."),
+  ({"temporal": -1}, "codec.temporal is -1: it must be 1 or more."),
+])
+def test_pixels_that_cannot_come_back_are_refused_in_one_line(wrong, line):
+  with pytest.raises(BadInput) as told:
+    Pixels(**wrong)
+  assert str(told.value) == line
+
+
 @pytest.mark.parametrize("temporal", [1, 4])
 @pytest.mark.parametrize("spatial", [1, 2, 4])
 def test_decoding_undoes_encoding(spatial, temporal):

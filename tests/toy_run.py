@@ -113,7 +113,8 @@ def train(folder: Path, steps: int, devices: int, seconds: float) -> None:
     print("ready", flush=True)
     with report.Report(folder, int(now.step), steps, leads) as measures:
       effects = loop.Effects(
-        place=partial(place, mesh), work=lambda batch: (BATCH, 1e3), held_out=lambda now: {"held_out": 1.0},
+        place=partial(place, mesh), rate=lambda number: float(RATE(number - 1)), work=lambda batch: (BATCH, 1e3),
+        held_out=lambda now: {"held_out": 1.0},
         save=lambda number, now, position: checkpoints.save(number, now, position, {}),
         ids=lambda batch: multihost_utils.process_allgather(batch["id"].astype(np.int32), tiled=True),
         wait=checkpoints.wait, report=measures, say=measures.say)

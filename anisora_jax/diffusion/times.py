@@ -100,6 +100,8 @@ class TimeDraw:
     for name in ("per_frame", "late_per_frame"):
       if not 0 <= getattr(self, name) <= 1:
         raise BadInput(f"{name} = {getattr(self, name)} is no probability: take 0 .. 1.")
+    if self.late_from < 0:
+      raise BadInput(f"late_from = {self.late_from} is no step: take 0 or more.")
     if self.shift <= 0 or self.block < 1:
       raise BadInput(f"shift {self.shift} and block {self.block} must be positive.")
     if not 0 <= self.low < self.high <= 1:

@@ -56,7 +56,9 @@ def fingerprint(path: Path) -> str:
 def learned(config: ConfigDict) -> dict[str, Any]:
   """What a training config and the latents it reads must agree on: all that training would else have decided itself."""
   size = pick(SIZES, config.model.size, "model size")
-  return {"codec": config.codec.name, "text": config.text.name, "text tokens": size.text_tokens,
+  pixels = ("spatial", "temporal", "scale") if config.codec.name == "pixels" else ()
+  return {"codec": config.codec.name, "codec settings": {name: config.codec[name] for name in pixels},
+          "text": config.text.name, "text tokens": size.text_tokens,
           "image": config.image.name if size.image_width else "", "pictures": encoders.image_count(size),
           "fps": config.data.fps, "tasks": config.tasks.to_dict(), "drop_condition": config.loss.drop_condition}
 
@@ -87,9 +89,11 @@ def settings_of(config: ConfigDict) -> dict[str, Any]:
 def empty_text(parts: Parts, config: ConfigDict) -> Float[np.ndarray, "s e"]:
   """Text tokens of the empty caption, of latents that must have been encoded as the config says. Raises BadInput."""
   for source in mixture.parse(config.data.records):
-    index = latents.read_index(Path(source.path).expanduser())
-    before = {name: index["settings"].get(name) for name in learned(config)}
-    changed = workdir.differences(before, learned(config))
+    index, said = latents.read_index(Path(source.path).expanduser()), learned(config)
+    before = {name: index["settings"].get(name) for name in said}
+    codec = before["codec settings"] or {}  # of which dtype and tiles do not matter to who reads the latents
+    before["codec settings"] = {name: codec.get(name) for name in said["codec settings"]}
+    changed = workdir.differences(before, said)
     if changed:
       raise BadInput(f"{source.path} was encoded with other settings ("
                      f"{'; '.join(f'{name}: {change}' for name, change in changed.items())}): take these back, or "

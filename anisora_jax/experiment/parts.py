@@ -124,7 +124,7 @@ def assemble(config: ConfigDict, count: int | None = None, devices: Sequence[jax
     velocity=partial(velocity, network, adapted.scale if adapted else 1.0), codec=made,
     tasks=Mixture(config.tasks.to_dict()), times=TimeDraw(**times), weight=loss.weight, drop_text=loss.drop_text,
     drop_condition=loss.drop_condition, given=given, seed=config.seed, micro_batches=config.train.micro_batches)
-  settings = {name: value for name, value in config.optimizer.items() if name not in ("ema", "offload")}
+  settings = {name: value for name, value in config.optimizer.items() if name != "offload"}
   parts = Parts(mesh=mesh, replicas=built.shape[meshes.REPLICA], size=size, codec=made, network=network, method=method,
                 optimizer=optimizer.Optimizer(steps=config.train.steps, **settings), lora=adapted,
                 buckets=parse(config.data.buckets), image_tokens=encoders.image_tokens(config, size),

@@ -30,6 +30,7 @@ from anisora_jax.experiment.parts import (
   loader,
   to_devices,
 )
+from anisora_jax.loaders import records
 from anisora_jax.loaders.buckets import Bucket
 from anisora_jax.models.attention import PATTERNS
 from anisora_jax.parallel import mesh as meshes
@@ -40,8 +41,10 @@ from anisora_jax.training import loop, optimizer, report, state, step
 from anisora_jax.training.stop import Stop
 
 RANDOM = "starts from random weights; --config.pretrained=FOLDER or --config.model.weights=PATH give others."
-# What a run may be resumed with otherwise: where and how fast it runs and what it tells, not what it learns. Before its
-# first checkpoint, as when a step did not fit the memory, it may take anything.
+# What a run may be resumed with otherwise, which is then said: where and how fast it runs and what it tells. Some may
+# change what it learns from then on: train.steps moves the end of cosine and wsd, data.records the clips, and other
+# weights the base of adapters and the encoders. Folders may have moved, so that they hold the same is not checked.
+# Before its first checkpoint, as when a step did not fit the memory, it may take anything.
 MAY_CHANGE = ("mesh.*", "pretrained", "*.weights", "text.tokenizer", "model.attention", "model.kernel", "model.remat",
               "optimizer.offload", "data.threads", "data.records", "sample.*", "train.steps", "train.report",
               "train.held_out", "train.checkpoint", "train.keep")
@@ -92,9 +95,9 @@ def training_state(parts: Parts, chain) -> tuple[PyTree, Callable[[PyTree | None
   return abstract, lambda base: jax.jit(make, out_shardings=placed)(base, x)
 
 
-def compiled_step(parts: Parts, chain, config: ConfigDict, abstract: PyTree):
+def compiled_step(parts: Parts, chain, abstract: PyTree):
   """The jitted training step of the buckets that group the devices as `parts` does; takes over the state's memory."""
-  average = partial(optimizer.ema, limit=config.optimizer.ema)
+  average = partial(optimizer.ema, limit=parts.optimizer.ema)
   placed = jax.tree.map(lambda x: x.sharding, placement.viewed(abstract, parts.mesh))
   method = replace(parts.method, shares=partial(placement.hold_each, placed=placed.params))
   work = step.make_step(method, chain, average, partial(offload.fetched, placed=placed))
@@ -102,15 +105,33 @@ def compiled_step(parts: Parts, chain, config: ConfigDict, abstract: PyTree):
                  compiler_options=parts.compiler_options)
 
 
-def held_out_loss(parts: Parts, config: ConfigDict, frozen: step.Frozen,
-                  captions: Captions | None) -> Callable[[state.TrainState], dict[str, float]]:
-  """state -> held-out loss of the averaged parameters in each bin of noise time, on the same clips at every call."""
+def stepping(parts: Parts, chain, abstract: PyTree, frozen: step.Frozen) -> tuple[Callable[[dict], Parts], Callable]:
+  """(batch -> the parts of its bucket, the training step of all buckets)."""
+  ways = {bucket: parts.of(bucket) for bucket in parts.buckets}
+  runs = {there.mesh: (compiled_step(there, chain, abstract), placement.viewed(frozen, there.mesh))
+          for there in ways.values()}
+
+  def way(batch: dict) -> Parts:
+    return ways[_bucket_of(parts, batch)]
+
+  def advance(now: state.TrainState, batch: dict) -> tuple[state.TrainState, step.Measures]:
+    there = way(batch).mesh
+    run, beside = runs[there]
+    return run(placement.viewed(now, there), batch, beside)
+
+  return way, advance
+
+
+def held_out_loss(parts: Parts, config: ConfigDict, count: int, frozen: step.Frozen, captions: Captions | None,
+                  left_out: report.LeftOut) -> Callable[[state.TrainState], dict[str, float]]:
+  """state -> held-out loss of the averaged parameters in each bin of noise time, always on the same `count` batches."""
   clips, parts = loader(parts, config, "held_out", parts.buckets[:1]), replace(parts, replicas=1).of(parts.buckets[0])
   measure = jax.jit(step.make_held_out(parts.method), compiler_options=parts.compiler_options)
   frozen = placement.viewed(frozen, parts.mesh)
-  wanted = zip(range(config.train.held_out_batches), clips, strict=False)
+  wanted = zip(range(count), clips, strict=False)
   batches = [to_devices(parts, captions, batch) for _, batch in wanted]
   clips.close()
+  left_out(clips.bad)
 
   def measures(now: state.TrainState) -> dict[str, float]:
     average = placement.viewed(offload.on_device(now.ema), parts.mesh)
@@ -153,6 +174,12 @@ def see_what_the_first_sees(folder: Path, newest: int) -> None:
     raise BadInput(f"{wanted[-1]}, which process 0 has, is not seen here: take a folder that all machines share.")
 
 
+def telling(say: Callable[[str], None]) -> Callable[[str], None]:
+  """What says a line that each process has for itself. say: what the first one says it by."""
+  tell = say if meshes.leads() else partial(print, file=sys.stderr)
+  return lambda line: tell(processes.name() + line)
+
+
 def train(config: ConfigDict, folder: Path, say: Callable[[str], None] = print) -> bool:
   """Trains, or goes on with the run that `folder` holds, until its last step or a signal; then all is saved.
 
@@ -162,9 +189,10 @@ def train(config: ConfigDict, folder: Path, say: Callable[[str], None] = print) 
   with Stop() as stop, workdir.lock(folder, say):
     parts = assemble(config)
     batches = loader(parts, config, "train")
-    chain, _ = optimizer.build(parts.optimizer, abstract_trained(parts))
+    chain, rate = optimizer.build(parts.optimizer, abstract_trained(parts))
     abstract, make = training_state(parts, chain)
-    due = loop.Due(config.train.steps, config.train.report, config.train.held_out, config.train.checkpoint)
+    due = loop.Due(config.train.steps, config.train.report, config.train.held_out, config.train.checkpoint,
+                   config.train.held_out_batches)
     plain = json.loads(config.to_json_best_effort())
     newest = Checkpoints(folder / "checkpoints").last()
     fresh = newest == 0
@@ -183,34 +211,30 @@ def train(config: ConfigDict, folder: Path, say: Callable[[str], None] = print) 
         now = make(start)
       frozen = frozen.replace(base=start if parts.lora else None)
       del start  # what was trained from it is a copy
-      ways = {bucket: parts.of(bucket) for bucket in parts.buckets}
-      runs = {there.mesh: (compiled_step(there, chain, config, abstract), placement.viewed(frozen, there.mesh))
-              for there in ways.values()}
-
-      def way(batch: dict) -> Parts:
-        return ways[_bucket_of(parts, batch)]
-
-      def advance(now: state.TrainState, batch: dict) -> tuple[state.TrainState, step.Measures]:
-        there = way(batch).mesh
-        run, beside = runs[there]
-        return run(placement.viewed(now, there), batch, beside)
-
+      way, advance = stepping(parts, chain, abstract, frozen)
       say("\n".join([f"{meshes.describe(parts.mesh)}; {parameters(parts)}; {batches.length} clips.",
                      *budget(parts, config), *([] if source or not fresh else [RANDOM])]))
+      # All at once and now: while a run goes on, a device would answer only after the steps under way. A step that is
+      # left out counts here as an update, and for the optimiser as none.
+      rates = np.asarray(jax.vmap(rate)(jnp.arange(due.steps)))
       peak = report.peak(meshes.device_kind(parts.mesh))
       clock = report.Clock(peak=peak and peak * parts.mesh.size)
       with report.Report(folder, began, config.train.steps, meshes.leads()) as out:
+        left_out = {split: report.LeftOut(telling(out.say), split) for split in records.SPLITS}
+
+        def place(batch: dict) -> dict[str, jax.Array]:
+          left_out["train"](batches.bad)
+          return to_devices(way(batch), captions, batch)
+
         effects = loop.Effects(
-          place=lambda batch: to_devices(way(batch), captions, batch),
-          work=partial(_work, parts),
+          place=place, rate=lambda number: float(rates[number - 1]), work=partial(_work, parts),
           ids=lambda batch: meshes.gather(way(batch).mesh, batch["id"]),
-          held_out=held_out_loss(parts, config, frozen, captions) if config.train.held_out else lambda _: {},
+          held_out=(held_out_loss(parts, config, due.held_out_batches, frozen, captions, left_out["held_out"])
+                    if due.held_out else lambda _: {}),
           save=lambda number, now, position: checkpoints.save(number, now, position, plain),
           wait=checkpoints.wait, report=out, say=out.say)
         now, number, stopped = loop.run(now, advance, batches, due, effects, stop, clock)
     batches.close()
-    for name, reason in sorted(set(batches.bad)):  # each process tells of the records that it alone has read
-      (say if meshes.leads() else partial(print, file=sys.stderr))(f"{processes.name()}left out: {name}: {reason}")
     say(f"stopped after step {number}, saved; the same command goes on." if stopped else
         f"trained {number} steps; everything is in {folder}.")
     return stopped
@@ -256,7 +280,7 @@ def account(parts: Parts, config: ConfigDict, bucket: Bucket) -> Account:
   chain, _ = optimizer.build(parts.optimizer, abstract_trained(parts))
   abstract, _ = training_state(parts, chain)
   there = parts.of(bucket)
-  run = compiled_step(there, chain, config, abstract)
+  run = compiled_step(there, chain, abstract)
   given = (placement.viewed(abstract, there.mesh), abstract_batch(there, bucket),
            placement.viewed(abstract_frozen(parts, config), there.mesh))
   lowered, aside, most = run.lower(*given), 0, 0

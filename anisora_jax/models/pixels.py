@@ -7,12 +7,14 @@ pixels as 1/scale; so a scale above 1 makes it speak mostly of the picture, as n
 Frame 0 is repeated m times so that it fills a latent frame of its own, as masks are packed; decoding takes the last.
 """
 
+import math
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from anisora_jax.errors import BadInput
 from anisora_jax.shapes import Frames, Latents
 
 
@@ -24,6 +26,13 @@ class Pixels:
   spatial: int = 2
   temporal: int = 1
   scale: float = 1.0
+
+  def __post_init__(self):
+    rules = {"spatial": (self.spatial >= 1, "1 or more"), "temporal": (self.temporal >= 1, "1 or more"),
+             "scale": (0 < self.scale < math.inf, "above 0")}
+    for name, (right, allowed) in rules.items():
+      if not right:
+        raise BadInput(f"codec.{name} is {getattr(self, name)!r}: it must be {allowed}.")
 
   @property
   def channels(self) -> int:

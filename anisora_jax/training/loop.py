@@ -32,16 +32,17 @@ class Loader(Protocol):
 
 @dataclass(frozen=True)
 class Due:
-  """steps: the run's last step. The rest: after every so many steps; 0 = never (a checkpoint always ends the run)."""
+  """steps: the run's last step. report, held_out, checkpoint: after every so many; 0 = never (a checkpoint always ends
+  the run). held_out_batches: in one held-out loss."""
 
   steps: int
   report: int = 10
   held_out: int = 0
   checkpoint: int = 0
+  held_out_batches: int = 1
 
   def __post_init__(self):
-    for name in ("steps", "report", "held_out", "checkpoint"):
-      least = 1 if name == "steps" else 0
+    for name, least in {"steps": 1, "report": 0, "held_out": 0, "checkpoint": 0, "held_out_batches": 1}.items():
       if getattr(self, name) < least:
         raise BadInput(f"{name} is {getattr(self, name)}: it must be {least} or more.")
 
@@ -51,6 +52,7 @@ class Effects:
   """What the loop does to the world, as functions.
 
   place: host batch (a dict of arrays and captions, with "stop" int32 [b]) -> what the step takes
+  rate: number of a step -> its learning rate
   work: host batch -> tokens and model FLOPs of the global batch, 0 where unknown
   ids: host batch -> int64, which records the global batch holds, in its order; hosts call it at the same steps
   held_out: state -> measures
@@ -60,6 +62,7 @@ class Effects:
   """
 
   place: Callable[[dict], Any]
+  rate: Callable[[int], float]
   work: Callable[[dict], tuple[int, float]]
   ids: Callable[[dict], np.ndarray]
   held_out: Callable[[Any], dict]
@@ -79,6 +82,14 @@ class Pending:
   waited: float
 
 
+def named(ids: np.ndarray) -> str:
+  """The records of a batch, of whose ids `loaders.mixture` tells: "3, 7 of source 0; 2 of source 1"."""
+  found: dict[int, list[str]] = {}
+  for record in np.unique(ids[ids >= 0] % 2**48).tolist():
+    found.setdefault(record // 2**32, []).append(str(record % 2**32))
+  return "; ".join(f"{', '.join(records)} of source {source}" for source, records in found.items())
+
+
 class Settling:
   """Takes the measures of finished steps, in order: clock, report, skipped steps, the wish to stop."""
 
@@ -93,15 +104,15 @@ class Settling:
     now = time.perf_counter()
     self.clock.step(now - self.since, step.waited, *self.effects.work(step.batch))
     self.since = now
-    if measures["skipped"]:
-      self._skip(step, measures)
-    else:
-      self.skipped = []
     last = step.number == self.due.steps or measures["stop"]
     if last or measures["skipped"] or (self.due.report and step.number % self.due.report == 0):
-      # Which records all hosts read, as one number that two runs can compare.
-      records = zlib.crc32(self.effects.ids(step.batch).tobytes())
-      self.effects.report(step.number, measures | self.clock.rates() | {"records": records})
+      ids = self.effects.ids(step.batch)
+      records = zlib.crc32(np.ascontiguousarray(ids).tobytes())  # as one number that two runs can compare
+      if measures["skipped"]:
+        self.effects.say(f"step {step.number}: loss {measures['loss']}, the update is left out; records: {named(ids)}.")
+      measures |= {"rate": self.effects.rate(step.number), **self.clock.rates(), "records": records}
+      self.effects.report(step.number, measures)
+    self._count_skipped(step.number, bool(measures["skipped"]))
     return bool(measures["stop"])
 
   def pause(self) -> float:
@@ -109,12 +120,10 @@ class Settling:
     paused, self.since = time.perf_counter() - self.since, time.perf_counter()
     return paused
 
-  def _skip(self, step: Pending, measures: dict[str, float]) -> None:
-    self.skipped.append(step.number)
-    ids = ", ".join(str(record) for record in step.batch["id"].ravel()[:8])
-    self.effects.say(f"step {step.number}: loss {measures['loss']}, the update is left out; records {ids}.")
+  def _count_skipped(self, number: int, skipped: bool) -> None:
+    self.skipped = [*self.skipped, number] if skipped else []
     if len(self.skipped) == PATIENCE:
-      raise BadInput(f"{PATIENCE} steps in a row ({self.skipped[0]} to {step.number}) had a loss or gradient that was "
+      raise BadInput(f"{PATIENCE} steps in a row ({self.skipped[0]} to {number}) had a loss or gradient that was "
                      f"not finite: lower the learning rate, or look at the records named above; the last checkpoint "
                      f"is good.")
 

@@ -28,7 +28,7 @@ class Optimizer:
 
   cooldown: the last share of the steps, in which wsd goes down. decay: off biases, norms and modulation. clip: the
   largest global norm of the trainable gradients. frozen: a regular expression searched in parameter paths ("text/",
-  "blocks/attention/q/kernel"); "" freezes nothing.
+  "blocks/attention/q/kernel"); "" freezes nothing. ema: the limit of the average's decay.
   """
 
   rate: float = 1e-4
@@ -43,6 +43,7 @@ class Optimizer:
   decay: float = 1e-4
   clip: float = 1.0
   frozen: str = ""
+  ema: float = 0.9999
 
   def __post_init__(self):
     pick(SCHEDULES, self.schedule, "schedule")
@@ -51,7 +52,7 @@ class Optimizer:
              "cooldown": (0 < self.cooldown <= 1, "above 0, at most 1"),
              "b1": (0 <= self.b1 < 1, "0 or more and below 1"), "b2": (0 <= self.b2 < 1, "0 or more and below 1"),
              "eps": (0 < self.eps < math.inf, "above 0"), "decay": (0 <= self.decay < math.inf, "0 or more"),
-             "clip": (self.clip > 0, "above 0 (inf never clips)")}
+             "clip": (self.clip > 0, "above 0 (inf never clips)"), "ema": (0 <= self.ema <= 1, "0 .. 1")}
     for name, (right, allowed) in rules.items():
       if not right:
         raise BadInput(f"optimizer.{name} is {getattr(self, name)!r}: it must be {allowed}.")

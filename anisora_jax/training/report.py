@@ -23,6 +23,7 @@ from anisora_jax.training.board import Board
 PEAKS = {"H100 PCIe": 7.56e14, "H100": 9.89e14, "H200": 9.89e14, "A100": 3.12e14, "TPU v6": 9.18e14,
          "TPU v5 lite": 1.97e14, "TPU v5e": 1.97e14, "TPU v5": 4.59e14, "TPU v4": 2.75e14}
 SECONDS_PER_LINE = 10.0  # where there is no bar
+NAMED = 32  # records left out that are named, a power of two
 
 
 def peak(kind: str) -> float | None:
@@ -99,6 +100,26 @@ class Clock:
     return rates
 
 
+class LeftOut:
+  """Says each record of a split that could not be read once, when it is met; of a heap, how many they are by now."""
+
+  def __init__(self, say: Callable[[str], None], split: str):
+    self._say, self._split, self._met = say, split, set[str]()
+
+  def __call__(self, bad: list[tuple[str, str]]) -> None:
+    """bad: names and reasons, which it takes out of the list."""
+    for name, reason in bad:
+      if name in self._met:
+        continue
+      before = len(self._met)
+      self._met.add(name)
+      if before < NAMED:
+        self._say(f"left out of {self._split}: {name}: {reason}")
+      elif before.bit_count() == 1:  # told whenever they have doubled
+        self._say(f"left out of {self._split}: {before + 1} records by now, no longer named.")
+    bad.clear()
+
+
 class Report:
   """Writes what is measured; on every host but the first it does nothing. Use as a context manager.
 
@@ -108,6 +129,7 @@ class Report:
   def __init__(self, folder: str | Path, start: int, steps: int, leads: bool = True,
                clock: Callable[[], float] = time.monotonic):
     self._leads, self._steps, self._clock, self._last = leads, steps, clock, -math.inf
+    self._first: tuple[int, float] | None = None
     if not leads:
       return
     folder = Path(folder)
@@ -135,13 +157,21 @@ class Report:
     self._write({"step": step, **measures})
     scalars = {name: value for name, value in measures.items() if isinstance(value, float)}
     self._board(step, scalars)
-    text = ", ".join(f"{name} {value:.4g}" for name, value in scalars.items())
+    text, now = ", ".join(f"{name} {value:.4g}" for name, value in scalars.items()), self._clock()
+    self._first = self._first or (step, now)
     if self._bar is not None:
       self._bar.update(step - self._bar.n)
       self._bar.set_postfix_str(text)
-    elif step >= self._steps or self._clock() - self._last >= SECONDS_PER_LINE:
-      self._last = self._clock()
-      print(f"step {step}/{self._steps}: {text}", file=sys.stderr, flush=True)
+    elif "held_out" in scalars or step >= self._steps or now - self._last >= SECONDS_PER_LINE:
+      self._last = now
+      print(f"step {step}/{self._steps}: {text}{self._left(step, now)}", file=sys.stderr, flush=True)
+
+  def _left(self, step: int, now: float) -> str:
+    """The time left, as steps took since the first report, which came after the compilation."""
+    first, began = self._first
+    if not first < step < self._steps:
+      return ""
+    return f", {tqdm.format_interval((self._steps - step) * (now - began) / (step - first))} left"
 
   def say(self, line: str) -> None:
     """One line for the user, above the bar."""

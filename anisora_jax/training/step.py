@@ -20,6 +20,7 @@ from anisora_jax import keys
 from anisora_jax.adapters import lora
 from anisora_jax.diffusion import objective, path
 from anisora_jax.diffusion.times import TimeDraw
+from anisora_jax.errors import BadInput
 from anisora_jax.models.codec import Codec
 from anisora_jax.parallel import mesh as meshes
 from anisora_jax.shapes import Films, Frames, Latents, Scalar, Times
@@ -57,6 +58,13 @@ class Method:
   replicas: int = 1
   shares: Callable[[PyTree], PyTree] = lambda grads: grads
   blank: PyTree = 0.0
+
+  def __post_init__(self):
+    for name in ("drop_text", "drop_condition", "given"):
+      if not 0 <= getattr(self, name) <= 1:
+        raise BadInput(f"{name} = {getattr(self, name)} is no share: take 0 .. 1.")
+    if self.micro_batches < 1:
+      raise BadInput(f"micro_batches = {self.micro_batches}: take 1 or more.")
 
 
 @struct.dataclass
@@ -213,7 +221,7 @@ def make_step(method: Method, optimizer: optax.GradientTransformation,
     grads, loss = gradients(bind(method, frozen), state.params, told, state.step)
     norm = optax.tree.norm(grads)
     stop = after(batch["stop"], norm).max()
-    unread = (after(batch["ok"], norm) == 0).sum()
+    unread = (after(batch["ok"], norm) == 0).sum(dtype=jnp.float32)  # a float, for these are shown
     finite = jnp.isfinite(loss) & jnp.isfinite(norm) & (stop >= 0) & (unread >= 0)  # the last two always hold
 
     state = fetch(state, known=norm)

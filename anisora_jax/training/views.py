@@ -10,6 +10,7 @@ from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
 from anisora_jax import keys
+from anisora_jax.errors import BadInput
 from anisora_jax.models.codec import Codec
 from anisora_jax.shapes import Films, Latents
 from anisora_jax.tasks.conditions import cells_touched, condition, pictures
@@ -28,6 +29,10 @@ class Draw:
   drop: float
   pictures: int
   seed: int
+
+  def __post_init__(self):
+    if not 0 <= self.drop <= 1:
+      raise BadInput(f"drop_condition = {self.drop} is no share: take 0 .. 1.")
 
 
 class Encoded(NamedTuple):
