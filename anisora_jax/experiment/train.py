@@ -199,7 +199,7 @@ def train(config: ConfigDict, folder: Path, say: Callable[[str], None] = print) 
     source = origin.source_of(parts, config, config.model.expert) if parts.lora or fresh else None
     frozen, captions = frozen_parts(parts, config)
     for field, change in workdir.keep_config(folder, plain, ("*",) if fresh else MAY_CHANGE).items():
-      say(f"resumes with another {field}: {change}")
+      say(f"{'begins' if fresh else 'resumes'} with another {field}: {change}")
     see_what_the_first_sees(folder, newest)
     with Checkpoints(folder / "checkpoints", keep=config.train.keep, say=say) as checkpoints:
       began, start = 0, source and origin.read(parts, config, source, bool(parts.lora), config.model.expert)
