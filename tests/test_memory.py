@@ -44,22 +44,49 @@ def test_a_layer_keeps_what_its_policy_says(remat):
   assert memory.saved(work(1, remat=remat)) == pytest.approx(grown, rel=0.02)
 
 
-def training(**model) -> tuple[parts.Parts, train.ConfigDict]:
+def training(fsdp: int = 2, clip: int = 1, rest: int = 2, bucket: str = "3x8x16@8",
+             **model) -> tuple[parts.Parts, train.ConfigDict]:
+  """rest: of seq and of tensor."""
   config = tiny.get_config()
-  config.update({"mesh": {"fsdp": 2, "seq": 2, "tensor": 2}, "data": {"buckets": "3x8x16@8"},
+  config.update({"mesh": {"fsdp": fsdp, "clip": clip, "seq": rest, "tensor": rest}, "data": {"buckets": bucket},
                  "model": {"size": "mite", **model}})
   with patch.dict(SIZES, mite=replace(SIZE, layers=2, channels=12, given=13, text_width=64)):
-    return parts.assemble(config), config
+    return parts.assemble(config, fsdp * clip * rest * rest), config
 
 
-def test_what_is_kept_is_told_to_the_byte():
-  made, config = training()
+def measured(made: parts.Parts, config: train.ConfigDict) -> tuple[int, int]:
+  """Bytes kept and worked by the compiled step."""
   chain, _ = optimizer.build(made.optimizer, parts.abstract_trained(made))
   state, _ = train.training_state(made, chain)
   given = state, train.abstract_batch(made, made.buckets[0]), train.abstract_frozen(made, config)
   program = train.compiled_step(made, chain, state).lower(*given).compile(QUICK)
+  return targets.memory(program, made.mesh)[:2]
+
+
+def test_what_is_kept_is_told_to_the_byte():
+  made, config = training()
   told = train.estimated(made, config, made.buckets[0])
-  assert sum(told.kept.values()) == targets.memory(program, made.mesh)[0]
+  assert sum(told.kept.values()) == measured(made, config)[0]
+
+
+def test_what_a_local_pattern_gathers_is_told():
+  """Of one frame on each of four devices, with a window of none and of all."""
+  told, found = [], []
+  for window in (0, 3):
+    made, config = training(1, 4, 1, "4x64x128@1", attention="local_global", mask=f"window:{window}", remat="full",
+                            kernel="blockwise")
+    told.append(sum(train.estimated(made, config, made.buckets[0]).worked.values()))
+    found.append(measured(made, config)[1])
+  assert told == pytest.approx(found, rel=0.2) and told[1] - told[0] == pytest.approx(found[1] - found[0], rel=0.1)
+
+
+def test_frames_for_all_are_gathered_beside_a_window():
+  told = []
+  for mask in ("window:1", "window:1+globals:4", "causal+window:1"):
+    made, config = training(1, 4, 1, "8x8x16@1", attention="local_global", mask=mask)
+    told.append(train.estimated(made, config, made.buckets[0]).worked["one layer"])
+  frame = 2 * (4 + 4) * made.frame_tokens(made.buckets[0])[1] * made.size.width
+  assert told[1] - told[0] >= 4 * frame and told[0] - told[2] >= frame
 
 
 def test_moments_on_the_host_leave_the_device_and_nothing_is_lost():

@@ -33,8 +33,8 @@ from anisora_jax.experiment.parts import (
 from anisora_jax.loaders import records
 from anisora_jax.loaders.buckets import Bucket
 from anisora_jax.models.attention import PATTERNS
+from anisora_jax.parallel import halo, offload, placement, processes, sight, targets, traffic
 from anisora_jax.parallel import mesh as meshes
-from anisora_jax.parallel import offload, placement, processes, targets, traffic
 from anisora_jax.parallel.traffic import Sent
 from anisora_jax.planning import memory
 from anisora_jax.training import loop, optimizer, report, state, step
@@ -304,11 +304,12 @@ def estimated(parts: Parts, config: ConfigDict, bucket: Bucket) -> memory.Estima
   mesh = there.mesh
   tensor, size = mesh.shape["tensor"], parts.size
   clips = bucket.batch // meshes.batch_shards(mesh) // parts.method.micro_batches
-  own = -(-f // mesh.shape["clip"]) * -(-n // mesh.shape["seq"])
-  _, together = PATTERNS[network.pattern].split(mesh, size.heads)
-  work = memory.Work(size, clips * own, own * together, jnp.dtype(network.dtype).itemsize, network.remat,
-                     network.kernel, mesh.devices.flat[0].platform, tensor, parts.method.micro_batches,
-                     whole=parts.lora is None)
+  scheme, own_f, own_n = PATTERNS[network.pattern], -(-f // mesh.shape["clip"]), -(-n // mesh.shape["seq"])
+  gathered = sum(halo.reach(sight.parse(network.mask, f), own_f, mesh.shape["clip"])) if scheme.nearby else 0
+  _, together = scheme.split(mesh, size.heads)
+  work = memory.Work(size, clips * own_f * own_n, (own_f + gathered) * own_n * together,
+                     jnp.dtype(network.dtype).itemsize, network.remat, network.kernel, mesh.devices.flat[0].platform,
+                     tensor, parts.method.micro_batches, parts.lora is None, clips * gathered * own_n)
   return memory.estimate(work, abstract, abstract_batch(there, bucket), abstract_frozen(parts, config), parts.offload)
 
 

@@ -38,6 +38,13 @@ def halo(x: Array, before: int, after: int, axis: str, dim: int) -> Array:
   return jnp.concatenate([*side(before, 1)[::-1], x, *side(after, -1)], dim)
 
 
+def reach(rule: Rule, f: int, devices: int) -> tuple[int, int, int]:
+  """(frames before those of a device, after them, of all devices for all) that `near` gives, of f on each device."""
+  before = min(rule.window, (devices - 1) * f)
+  shared = 0 if rule.stride is None or devices == 1 else devices * -(-f // rule.stride)
+  return before, 0 if rule.causal else before, shared
+
+
 def near(k: Float[Array, "b f n a k"], v: Float[Array, "b f n a k"], rule: Rule,
          axis: str) -> tuple[Array, Array, Int[Array, "_"]]:
   """Keys and values of all frames that a rule with a window shows to the frames of this device; inside shard_map.
@@ -45,17 +52,16 @@ def near(k: Float[Array, "b f n a k"], v: Float[Array, "b f n a k"], rule: Rule,
   Last their numbers in the film, -1 for what is not there or there already: no number comes twice.
   """
   f, devices, at = k.shape[1], lax.axis_size(axis), lax.axis_index(axis)
-  before = min(rule.window, (devices - 1) * f)
-  after = 0 if rule.causal else before
+  before, after, shared = reach(rule, f, devices)
   first, last = at * f - before, at * f + f + after
   frames = first + jnp.arange(before + f + after)
   frames = jnp.where((frames >= 0) & (frames < devices * f), frames, -1)
   wide = [halo(x, before, after, axis, 1) for x in (k, v)]
-  if rule.stride is None or devices == 1:
+  if not shared:
     return *wide, frames
   starts = f * jnp.arange(devices)[:, None]
   chosen = -starts % rule.stride + rule.stride * jnp.arange(-(-f // rule.stride))  # of each device's, those all see
   spread = jnp.where(chosen < f, starts + chosen, -1).reshape(-1)
   spread = jnp.where((spread < first) | (spread >= last), spread, -1)
-  shared = [lax.all_gather(jnp.take(x, chosen[at], 1, mode="clip"), axis, axis=1, tiled=True) for x in (k, v)]
-  return *(jnp.concatenate(parts, 1) for parts in zip(wide, shared, strict=True)), jnp.concatenate([frames, spread])
+  given = [lax.all_gather(jnp.take(x, chosen[at], 1, mode="clip"), axis, axis=1, tiled=True) for x in (k, v)]
+  return *(jnp.concatenate(parts, 1) for parts in zip(wide, given, strict=True)), jnp.concatenate([frames, spread])

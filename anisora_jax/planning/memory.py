@@ -1,11 +1,12 @@
 """What a training step takes of a device's memory, by formulas: known at once, where a compiler takes minutes.
 
   kept    parameters, moments, average, frozen base and batch: what the shards weigh, to the byte
-  worked  gradients + layers x saved u + (wide + hidden r) u + layouts + gathered kernels + logits
+  worked  gradients + layers x saved u + (wide + hidden r) u + near + layouts + gathered kernels + logits
 with u the bytes of this device's tokens in one array [b, f, n, width], and r the MLP's hidden units over the width:
   saved     arrays of u that a layer keeps for its backward pass, as its rematerialisation policy says
   wide      arrays of u, and hidden of r u, that lie beside one another where the most do: in the backward pass of the
             MLP, when the layer's forward pass has been done again
+  near      keys and values that a local pattern gathers of other devices, and their gradients, f32
   layouts   kernels of the MLP once more, f32 shards in another order than that in which gradients come
   gathered  layers whose kernels are whole on the device at once, those that are worked and those that are on their way
 Wide, hidden, layouts and gathered were fitted to what XLA (jaxlib 0.10.2) says of seven steps of 14B I2V in bf16 for
@@ -22,7 +23,7 @@ from typing import NamedTuple
 import jax
 from jaxtyping import PyTree
 
-from anisora_jax.models.kernels import LOGITS, LOGITS_ELSEWHERE
+from anisora_jax.models.kernels import LOGITS, LOGITS_ELSEWHERE, SIDE, SIDE_ELSEWHERE
 from anisora_jax.models.wan.sizes import Size
 from anisora_jax.parallel import targets
 
@@ -69,7 +70,7 @@ class Work:
 
   tokens: of the device in one micro-batch, padding included; keys: that each of them sees at once;
   itemsize: bytes of a number in arithmetic; tensor: devices that split heads and hidden units; split: that split
-  weights besides; whole: all parameters are trained, not adapters.
+  weights besides; whole: all parameters are trained, not adapters; near: tokens of others whose keys are gathered.
   """
 
   size: Size
@@ -82,6 +83,7 @@ class Work:
   tensor: int = 1
   micro_batches: int = 1
   whole: bool = True
+  near: int = 0
 
   @property
   def array(self) -> float:
@@ -118,8 +120,14 @@ def held(tree: PyTree) -> int:
 
 def logits(work: Work) -> float:
   """Bytes of them that our own kernels make at once: all where attention is dense, a few tiles where it is not."""
-  most = {"dense": math.inf, "blockwise": LOGITS.get(work.platform, LOGITS_ELSEWHERE)}.get(work.kernel, 0)
-  return 8.0 * min(most, work.tokens * work.keys * work.size.heads / work.tensor)  # they and their gradient
+  tiles = LOGITS.get(work.platform, LOGITS_ELSEWHERE), SIDE.get(work.platform, SIDE_ELSEWHERE)
+  most, side = {"dense": (math.inf, work.keys), "blockwise": tiles}.get(work.kernel, (0, 0))
+  return 8.0 * min(most, work.tokens * min(side, work.keys) * work.size.heads / work.tensor)  # they and their gradient
+
+
+def near(work: Work) -> float:
+  """Bytes of keys and values of others, and of their gradients in f32."""
+  return 2.0 * (work.itemsize + 4) * work.near * work.size.width / work.tensor
 
 
 def saved(work: Work) -> float:
@@ -148,7 +156,7 @@ def estimate(work: Work, state: PyTree, batch: PyTree, base: PyTree, aside: bool
   worked = {
     "gradients": gradients * (2 if work.micro_batches > 1 else 1),
     "saved": saved(work),
-    "one layer": (fit.wide - fewer + fit.hidden * work.ratio) * work.array + logits(work),
+    "one layer": (fit.wide - fewer + fit.hidden * work.ratio) * work.array + near(work) + logits(work),
     "its kernels": fit.gathered * layer * work.itemsize + fit.layouts * mlp * gradients}
   if aside and gradients + moments + average > sum(worked.values()):  # while parameters change
     worked = {"gradients": gradients, "moments and average": moments + average}
