@@ -83,6 +83,23 @@ def test_every_scheme_is_one_softmax_and_has_its_collectives(pattern, clip, seq,
   assert overtaking(hlo) == []
 
 
+@pytest.mark.parametrize("pattern", [*SHARED, "local_global"])
+def test_replicas_share_attention_among_their_own_devices(pattern):
+  """As a step works them, each a part of the batch that `vmap` maps to its devices."""
+  rule = Rule(window=1, stride=3)
+  arrays, ids, _, true = case(HEADS[pattern], 2, 30, (30,), rule)  # two clips, one for each
+  there, split = mesh.build({"replica": 2, "clip": 2, "seq": 2}), P("replica", None, "clip", "seq")
+  placed = (NamedSharding(there, split),) * 4, NamedSharding(there, P("replica"))
+  each = jax.vmap(lambda arrays, ids: attend(pattern, there, "dense", arrays, ids, rule), spmd_axis_name="replica")
+  run = jax.jit(each, in_shardings=placed, out_shardings=placed[0][0])
+  given = jax.tree.map(lambda x: np.expand_dims(x, 1), (arrays, ids))
+  hlo = run.lower(*given).compile(QUICK)
+  for got, want in zip(hlo(*jax.device_put(given, placed)), true, strict=True):
+    assert apart(np.reshape(got, want.shape), want) < 1e-4
+  sent = {kind for kind, one in traffic.sent(hlo.as_text()).items() if one.bytes > 1000}
+  assert sent and "all-reduce" not in sent, sent  # of the replicas nobody needs the others
+
+
 def traced(pattern: str, there, heads: int, n: int, dtype=jnp.float32, rule: Rule | None = None):
   array = jax.ShapeDtypeStruct((2, there.shape["clip"], n, heads, WIDTH), dtype)
   segments = None if rule is None else jax.ShapeDtypeStruct(array.shape[:3], jnp.int32)
