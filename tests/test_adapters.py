@@ -9,7 +9,6 @@ import optax
 import pytest
 import torch
 from flax.traverse_util import flatten_dict
-from quick import QUICK
 
 from anisora_jax.adapters import files, lora
 from anisora_jax.adapters.lora import Lora
@@ -67,7 +66,7 @@ def network(net, inputs):
 
 @pytest.fixture(scope="module")
 def run(network):
-  return jax.jit(network, compiler_options=QUICK)
+  return jax.jit(network)
 
 
 def test_new_adapters_meet_what_was_named_and_change_nothing(run, base):
@@ -93,7 +92,7 @@ def test_a_frozen_kernel_costs_no_gradient(net, base, adapters, inputs):
   def loss(base, adapters):
     return (net.apply({"params": lora.join(base, adapters)}, **inputs) ** 2).mean()
 
-  flops = [jax.jit(jax.grad(loss, of)).lower(base, adapters).compile(QUICK).cost_analysis()["flops"] for of in (0, 1)]
+  flops = [jax.jit(jax.grad(loss, of)).lower(base, adapters).compile().cost_analysis()["flops"] for of in (0, 1)]
   assert flops[1] < 0.85 * flops[0]  # two thirds, the adapters themselves, and what is no product
 
 
@@ -160,7 +159,7 @@ def test_training_moves_adapters_alone_and_keeps_moments_for_them_alone(network,
   def loss(adapters, base):
     return jnp.square(network(lora.join(base, adapters))).mean()
 
-  step = jax.jit(jax.value_and_grad(loss), compiler_options=QUICK)
+  step = jax.jit(jax.value_and_grad(loss))
   placed = jax.device_put(base)
   before = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(placed)]
   losses = []

@@ -2,7 +2,6 @@
 
 import json
 
-import jax
 import numpy as np
 import pytest
 from drawn import packed
@@ -86,14 +85,6 @@ def encoded(records, tmp_path_factory):
   return out
 
 
-@pytest.fixture
-def quickly():
-  """Programs of the library itself are compiled with little optimisation."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
 def run(folder, steps, **changes):
   """Trains in this process; returns what was said and measured."""
   lines = []
@@ -103,7 +94,7 @@ def run(folder, steps, **changes):
   return lines, [json.loads(line) for line in (folder / "measures.jsonl").read_text().splitlines()]
 
 
-def test_a_run_of_clips_that_share_rows_trains_on_batches_of_the_budget(quickly, encoded, tmp_path):
+def test_a_run_of_clips_that_share_rows_trains_on_batches_of_the_budget(encoded, tmp_path):
   changes = {"data__records": str(encoded), "data__encoded": True, "data__packed": 3, "data__buckets": "9x16x24",
              "data__tokens": 5 * 9 * 24, "text__name": "words"}
   lines, rows = run(tmp_path / "run", 2, **changes)

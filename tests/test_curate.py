@@ -389,6 +389,6 @@ def test_the_records_train(curated, tmp_path):
   words = [sys.executable, "-m", "anisora_jax.train", "--config=configs/tiny.py", f"--config.data.records={curated}",
            "--config.data.buckets=5x16x24@8", "--config.train.steps=2", "--config.train.held_out=0",
            "--config.optimizer.warmup=1", f"--workdir={tmp_path / 'run'}"]
-  there = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+  there = {**os.environ, "JAX_PLATFORMS": "cpu"}
   done = subprocess.run(words, cwd=ROOT, env=there, capture_output=True, text=True)
   assert done.returncode == 0 and "trained 2 steps" in done.stdout, done.stderr[-2000:]

@@ -21,7 +21,6 @@ import test_vae
 import torch
 from compare import apart
 from drawn import packed
-from quick import QUICK
 
 from anisora_jax import errors, keys
 from anisora_jax.errors import BadInput
@@ -122,8 +121,7 @@ def test_a_lesson_from_latents_is_the_lesson_from_their_clips(records, download)
   draw = np.random.default_rng(0)
   batch = {"frames": draw.integers(0, 256, (8, 9, 32, 48, 3), np.uint8), "character": np.zeros((8, 9, 32, 48), bool),
            "text": draw.normal(size=(8, 11, 24)).astype(np.float32), "ok": np.ones(8, np.float32)}
-  lesson = jax.jit(lambda batch: step.lesson(method, batch, 3, jnp.arange(8), lambda name: keys.key(1, 3, name)),
-                   compiler_options=QUICK)
+  lesson = jax.jit(lambda batch: step.lesson(method, batch, 3, jnp.arange(8), lambda name: keys.key(1, 3, name)))
   clips = lesson(batch)
   mask = np.zeros((8, 9, 4, 6), bool)
   mask[:, [0, -1]] = True
@@ -167,15 +165,7 @@ def test_what_stops_it_changes_nothing_of_what_it_makes(blow, records, tmp_path,
   assert said[-1].endswith("is complete already") and len(calls) == again
 
 
-@pytest.fixture
-def quickly():
-  """Programs of the library itself are compiled with little optimisation."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
-def test_an_image_to_video_network_trains_on_latents_the_same_on_every_mesh(quickly, encoded, download, tmp_path):
+def test_an_image_to_video_network_trains_on_latents_the_same_on_every_mesh(encoded, download, tmp_path):
   losses = []
   for number, axes in enumerate([{"fsdp": 8}, {"fsdp": 2, "data": 2, "seq": 2}]):
     made = config(encoded, download, data__encoded=True, train__steps=2, train__held_out=2, train__report=1,

@@ -15,7 +15,6 @@ import tokenizers
 import torch
 from compare import apart
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
-from quick import QUICK
 from safetensors.numpy import save_file
 from transformers import (
   AutoTokenizer,
@@ -281,8 +280,7 @@ def test_image_tokens_and_summary_equal_transformers(image_model, b, height, wid
     square = torch.tensor(upstream_prepares(films, side=IMAGE.side)).float().permute(0, 3, 1, 2)
     theirs = model(square, output_hidden_states=True)
   network = image.CLIPVision(IMAGE, single())
-  whole = jax.jit(lambda params, films: network.apply({"params": params}, image.prepare(films, IMAGE.side)),
-                  compiler_options=QUICK)
+  whole = jax.jit(lambda params, films: network.apply({"params": params}, image.prepare(films, IMAGE.side)))
   tokens, summary = whole(params, films)
   assert tokens.shape == (b, IMAGE.tokens, IMAGE.width)
   assert apart(tokens, theirs.hidden_states[-2]) < CLOSE and apart(summary, theirs.pooler_output) < CLOSE

@@ -17,7 +17,6 @@ from compare import apart
 from einops import rearrange
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from quick import QUICK
 
 from anisora_jax.errors import BadInput
 from anisora_jax.models import attention, kernels, splash
@@ -105,14 +104,14 @@ def marks(draw, l: int, s: int, rule: Rule | None):
   ids=str)
 def test_values_and_gradients_are_those_of_softmax(name, l, s, rule):
   parts, ids = arrays(l, s), marks(np.random.default_rng(s), l, s, rule)
-  assert_equal(jax.jit(partial(both, name), compiler_options=QUICK)(*parts, ids), witness(*parts, ids)[:4])
+  assert_equal(jax.jit(partial(both, name))(*parts, ids), witness(*parts, ids)[:4])
 
 
 @pytest.mark.parametrize(("name", "rule"), [pair for pair in TAKEN if pair[1] is not None], ids=str)
 def test_any_segments_and_frames(name, rule):
   """Also such in which whole tiles, or all keys of some queries, are hidden."""
   parts = arrays(34, 19)
-  step = jax.jit(partial(both, name), compiler_options=QUICK)
+  step = jax.jit(partial(both, name))
   ids = st.lists(st.integers(-2, 2), min_size=53, max_size=53) | st.lists(
     st.integers(-2, 2), min_size=53, max_size=53).map(sorted)
   frames = st.lists(st.integers(0, 3), min_size=53, max_size=53)
@@ -133,7 +132,7 @@ def test_tiles_that_see_nothing_are_not_worked():
   frames = jnp.arange(64)[None] // 16
   ids = (Marks(jnp.zeros_like(frames), frames, Rule(window=0)),) * 2
   q, k, v, _ = (x[:1] for x in arrays(64, 64))
-  run = jax.jit(lambda name, v: LOCAL[name].attend(q, k, v, ids), static_argnums=0, compiler_options=QUICK)
+  run = jax.jit(lambda name, v: LOCAL[name].attend(q, k, v, ids), static_argnums=0)
   lost = {name: np.isnan(run(name, v.at[:, 16:32].set(jnp.nan))).any((0, 2, 3)) for name in ("dense", "blockwise")}
   assert lost["dense"].all() and (lost["blockwise"] == (np.arange(64) // 16 == 1)).all()
 
@@ -173,7 +172,7 @@ def test_a_ring_of_mapped_devices_is_one_softmax(name, dtype, most):
 
   parts = arrays(24, 24, dtype, 16)
   shares = [rearrange(x, "b (r l) a k -> r b l a k", r=8) for x in parts]
-  made = jax.jit(jax.vmap(share, axis_name="seq"), compiler_options=QUICK)(*shares)
+  made = jax.jit(jax.vmap(share, axis_name="seq"))(*shares)
   for got, want in zip(made, witness(*parts, None)[:4], strict=True):
     assert got.dtype == dtype and apart(rearrange(got.astype(jnp.float32), "r b l a k -> b (r l) a k"), want) < most
 
@@ -194,7 +193,7 @@ def test_attention_is_computed_once_under_its_policy(name):
   """Exponentials of a tile of logits: forward, backward, and when forward is done again."""
   side = LOCAL[name].block.forward.__self__.side(64)
   weights = re.compile(rf"= f32\[6,{side},{side}\]\S* exponential\(")
-  count = {policy: len(weights.findall(layers(name, policy, arrays(64, 64)).lower().compile(QUICK).as_text()))
+  count = {policy: len(weights.findall(layers(name, policy, arrays(64, 64)).lower().compile().as_text()))
            for policy in ("none", "attention", "full")}
   assert count == {"none": 2, "attention": 2, "full": 3}
 

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import yaml
 from absl import flags
-from quick import QUICK
 
 from anisora_jax import train
 from anisora_jax.checkpoints.workdir import flatten
@@ -296,7 +295,6 @@ def test_the_notebook_draws_trains_and_shows_a_film(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, "IPython", ModuleType("IPython"))
   monkeypatch.setitem(sys.modules, "IPython.display", ipython)
   monkeypatch.chdir(LAUNCH)
-  monkeypatch.setenv("XLA_FLAGS", " ".join(f"--{name}={int(value)}" for name, value in QUICK.items()))
   monkeypatch.setenv("JAX_PLATFORMS", "cpu")
   install, choose, *rest = cells()
   names: dict = {}

@@ -11,7 +11,6 @@ from compare import apart
 from jax.sharding import PartitionSpec as P
 from overtake import overtaking
 from plain import sends, softmax
-from quick import QUICK
 from schemes import assert_softmax, attend, on
 
 from anisora_jax.errors import BadInput
@@ -67,7 +66,7 @@ def test_no_gradient_reaches_frames_out_of_scope(name):
   there, draw = on(4, 2), np.random.default_rng(0)
   q, k, v = (jnp.asarray(draw.normal(size=(1, 8, 2, HEADS, WIDTH)), jnp.float32) for _ in range(3))
 
-  @partial(jax.jit, compiler_options=QUICK)
+  @jax.jit
   def influence(q, k, v):
     _, back = jax.vjp(lambda *kv: PATTERNS["local_global"](q, *kv, None, there, "dense", rule), k, v)
     cotangents = jnp.eye(8)[:, None, :, None, None, None] * q[None]
@@ -140,7 +139,7 @@ def learned(there, mask: str, pattern: str):
 
   placed = placement.shardings(RULES, params, there)
   run = jax.jit(jax.value_and_grad(loss), in_shardings=(placed,), out_shardings=(None, placed))
-  run = run.lower(params).compile(QUICK)
+  run = run.lower(params).compile()
   return run(jax.device_put(params, placed)), run.as_text()
 
 

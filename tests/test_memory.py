@@ -7,7 +7,6 @@ from unittest.mock import patch
 import jax
 import jax.numpy as jnp
 import pytest
-from quick import QUICK
 
 from anisora_jax.experiment import parts, train
 from anisora_jax.models.remat import REMAT
@@ -29,7 +28,7 @@ def temporary(layers: int, remat: str) -> int:
   given = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, F, 32, 32, 4), (1, F), (1, 6, 8))]
   params = jax.eval_shape(net.init, jax.random.key(0), *given)["params"]
   work = jax.jit(jax.grad(lambda params, *given: net.apply({"params": params}, *given).sum()))
-  return work.lower(params, *given).compile(QUICK).memory_analysis().temp_size_in_bytes
+  return work.lower(params, *given).compile().memory_analysis().temp_size_in_bytes
 
 
 def work(layers: int, **fields) -> memory.Work:
@@ -59,7 +58,7 @@ def measured(made: parts.Parts, config: train.ConfigDict) -> tuple[int, int]:
   chain, _ = optimizer.build(made.optimizer, parts.abstract_trained(made))
   state, _ = train.training_state(made, chain)
   given = state, train.abstract_batch(made, made.buckets[0]), train.abstract_frozen(made, config)
-  program = train.compiled_step(made, chain, state).lower(*given).compile(QUICK)
+  program = train.compiled_step(made, chain, state).lower(*given).compile()
   return targets.memory(program, made.mesh)[:2]
 
 

@@ -17,7 +17,6 @@ import test_step
 from compare import apart
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from quick import QUICK
 
 from anisora_jax.errors import BadInput
 from anisora_jax.models import attention, kernels, splash
@@ -86,7 +85,7 @@ def compiled(on, params, batch, **options):
     return jnp.square(net.apply({"params": params}, **inputs) - batch["target"]).mean()
 
   step = jax.jit(jax.value_and_grad(loss), in_shardings=(placed, split), out_shardings=(None, placed))
-  return step.lower(params, batch).compile(compiler_options=QUICK)
+  return step.lower(params, batch).compile()
 
 
 def run(step, params, batch):
@@ -243,7 +242,7 @@ def test_replicas_send_each_other_sums_of_shares():
   split = {name: NamedSharding(on, P(mesh.ROWS)) for name in rows}
   run = jax.jit(partial(step.gradients, method, step=jnp.int32(3)), in_shardings=(placed, split),
                 out_shardings=(placed, None))
-  made = run.lower(params, rows).compile(compiler_options=QUICK)
+  made = run.lower(params, rows).compile()
   one = jax.jit(partial(step.gradients, replace(method, replicas=1), step=jnp.int32(3)))(params, rows)
   test_step.assert_close(run(params, rows), one, 1e-5)
   between = Counter()

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from quick import QUICK
 
 from anisora_jax.checkpoints.orbax import Checkpoints
 from anisora_jax.errors import BadInput
@@ -62,7 +61,7 @@ def test_each_policy_sends_the_host_what_it_names():
 
 
 def test_where_activations_wait_changes_no_gradient_on_a_mesh():
-  (loss, grads), *others = (work.lower(params).compile(QUICK)(params) for work, params in (
+  (loss, grads), *others = (work.lower(params).compile()(params) for work, params in (
     gradient(SPLIT, name) for name in ("attention", "offload")))
   for other, found in others:
     assert loss == other
@@ -83,7 +82,7 @@ class Training:
     self.batch = train.abstract_batch(self.parts, self.parts.buckets[0])
     self.frozen = train.abstract_frozen(self.parts, self.config)
     step = train.compiled_step(self.parts, chain, self.abstract)
-    self.step = step.lower(self.abstract, self.batch, self.frozen).compile(QUICK)
+    self.step = step.lower(self.abstract, self.batch, self.frozen).compile()
 
   def go(self, state, first: int, steps: int):
     """(state, losses) after so many steps."""

@@ -14,7 +14,6 @@ import stored
 from hosts import host_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from quick import QUICK
 
 from anisora_jax import keys
 from anisora_jax.diffusion import path
@@ -260,7 +259,7 @@ def one_by_one(folder):
   """Loss and gradients of all clips, each in a row of its own, on one device, added up."""
   method = method_of(meshes.build())
   slope = jax.jit(jax.value_and_grad(lambda params, batch, samples: step.sums(
-    params, method, batch, jnp.int32(NOW), samples), has_aux=True), compiler_options=QUICK)
+    params, method, batch, jnp.int32(NOW), samples), has_aux=True))
   found = [slope(parameters(), clip, np.array([number])) for number, clip in apart(packed_batch(folder))]
   (total, count), grads = jax.tree.map(lambda *leaves: sum(map(np.float64, leaves)), *found)
   assert count > 6
@@ -278,7 +277,7 @@ def test_clips_that_share_rows_teach_what_each_teaches_alone(folder, sizes, kern
   placed = placement.shardings([*wan_placement.RULES, *wan_placement.IMAGE_RULES], parameters(), mesh)
   params = jax.tree.map(jax.device_put, parameters(), placed)
   batch = meshes.to_devices(mesh, packed_batch(folder))
-  grads, loss = jax.jit(functools.partial(step.gradients, method), compiler_options=QUICK)(
+  grads, loss = jax.jit(functools.partial(step.gradients, method))(
     params, batch, jnp.int32(NOW))
   wanted, slopes = one_by_one(folder)
   np.testing.assert_allclose(loss, wanted, rtol=1e-5)
@@ -301,14 +300,14 @@ def test_no_clip_of_a_row_sees_another(folder):
 
   told = {name: batch[name] for name in ("text", "image", "latents", "known")}
   first = batch["segment"][row] == 0
-  slope = jax.jit(jax.grad(lambda told: (errors(told)[row] * first).sum()), compiler_options=QUICK)(told)
+  slope = jax.jit(jax.grad(lambda told: (errors(told)[row] * first).sum()))(told)
   for name in ("text", "image"):
     assert (slope[name][row, 0] != 0).any()
     assert (np.delete(slope[name][row], 0, 0) == 0).all()
   for name in ("latents", "known"):
     assert (np.asarray(slope[name])[row, first] != 0).any() and (np.asarray(slope[name])[row, ~first] == 0).all()
   assert all((np.delete(leaf, row, 0) == 0).all() for leaf in slope.values())
-  run = jax.jit(errors, compiler_options=QUICK)
+  run = jax.jit(errors)
   changed = run(told | {"text": told["text"].at[row, 1].add(1.0), "latents": told["latents"].at[row, ~first].add(1.0)})
   assert (changed[row, first] == run(told)[row, first]).all()
   assert (changed[row, batch["segment"][row] == 1] != run(told)[row, batch["segment"][row] == 1]).all()
@@ -320,7 +319,7 @@ def test_noise_and_times_of_a_clip_are_those_of_a_draw_of_its_length(pattern):
   draw, streams = TimeDraw(per_frame=0.5, pattern=pattern, block=2), keys.per_sample(keys.key(0, 0, "time"),
                                                                                     jnp.arange(64))
   lengths = jnp.array([1, 4, 7, 9])[jnp.arange(64) % 4]
-  run = jax.jit(draw, static_argnums=1, compiler_options=QUICK)
+  run = jax.jit(draw, static_argnums=1)
   found = run(streams, 9, 0, lengths)
   for length in (1, 4, 7, 9):
     of = np.flatnonzero(lengths == length)
@@ -331,8 +330,8 @@ def test_noise_and_times_of_a_clip_are_those_of_a_draw_of_its_length(pattern):
 
 def test_the_held_out_loss_of_rows_is_that_of_their_clips(folder):
   method, batch = replace(method_of(meshes.build()), drop_text=0.0), packed_batch(folder)
-  together = jax.jit(step.make_held_out(method), compiler_options=QUICK)(parameters(), batch, 1)
+  together = jax.jit(step.make_held_out(method))(parameters(), batch, 1)
   assert together.shape == (step.BINS,) and np.isfinite(together).all()
   full = {**batch, "segment": np.where(batch["segment"] == 1, -1, batch["segment"])}  # without the second clips
-  fewer = jax.jit(step.make_held_out(method), compiler_options=QUICK)(parameters(), full, 1)
+  fewer = jax.jit(step.make_held_out(method))(parameters(), full, 1)
   assert (fewer != together).all()

@@ -14,7 +14,6 @@ import torch
 from compare import apart
 from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
 from PIL import Image
-from quick import QUICK
 from transformers import BatchFeature
 
 from anisora_jax.diffusion.times import schedule
@@ -138,7 +137,7 @@ def diffusers_makes(case: Case, inputs: Inputs, codec, experts: list, eye) -> np
   return test_vae.last(pipe(**call).frames)
 
 
-@partial(jax.jit, static_argnums=(0, 1), compiler_options=QUICK)
+@partial(jax.jit, static_argnums=(0, 1))
 def walk(size: Size, scale: float, params, rows, x, memory, shown):
   """One expert's rows. shown: what is given, image tokens, the two texts."""
   channels, tokens, (caption, negative) = shown

@@ -14,7 +14,6 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from overtake import overtaking
 from plain import inner, operations, sends
-from quick import QUICK
 from schemes import HEADS, SEEN, WIDTH, assert_softmax, attend, case, on
 
 from anisora_jax.errors import BadInput
@@ -93,7 +92,7 @@ def test_replicas_share_attention_among_their_own_devices(pattern):
   each = jax.vmap(lambda arrays, ids: attend(pattern, there, "dense", arrays, ids, rule), spmd_axis_name="replica")
   run = jax.jit(each, in_shardings=placed, out_shardings=placed[0][0])
   given = jax.tree.map(lambda x: np.expand_dims(x, 1), (arrays, ids))
-  hlo = run.lower(*given).compile(QUICK)
+  hlo = run.lower(*given).compile()
   for got, want in zip(hlo(*jax.device_put(given, placed)), true, strict=True):
     assert apart(np.reshape(got, want.shape), want) < 1e-4
   sent = {kind for kind, one in traffic.sent(hlo.as_text()).items() if one.bytes > 1000}
@@ -128,8 +127,7 @@ def test_memory_grows_with_the_length_and_shrinks_with_the_devices(monkeypatch):
   def memory(seq, n, rule=ALL):
     array = jax.ShapeDtypeStruct((1, 4, n, 2, 8), jnp.float32)
     step = jax.jit(lambda *arrays: attend("ring", on(1, seq), "blockwise", arrays, None, rule)).lower(*[array] * 4)
-    options = {**QUICK, "xla_cpu_enable_concurrency_optimized_scheduler": False}
-    return step.compile(options).memory_analysis().temp_size_in_bytes
+    return step.compile({"xla_cpu_enable_concurrency_optimized_scheduler": False}).memory_analysis().temp_size_in_bytes
 
   base = memory(4, 2048)
   found = {"longer": memory(4, 4096) / base, "longest": memory(4, 8192) / base, "more": memory(8, 4096) / base,
@@ -209,7 +207,7 @@ def training(heads: int, sizes: tuple[int, ...], pattern: str, kernel: str):
     return jnp.square(net.apply({"params": params}, x, t, text) - target).mean()
 
   run = jax.jit(jax.value_and_grad(lambda params, batch: loss(params, **batch)), in_shardings=(placed, split),
-                out_shardings=(None, placed)).lower(params, batch).compile(QUICK)
+                out_shardings=(None, placed)).lower(params, batch).compile()
   return run(*jax.device_put((params, batch), (placed, split))), run.as_text()
 
 

@@ -34,13 +34,6 @@ def _tables():
     yield
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quickly():
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def download(tmp_path_factory, tokens):
   folder = tmp_path_factory.mktemp("Wan-tiny")

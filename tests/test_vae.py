@@ -17,7 +17,6 @@ from einops import repeat
 from flax.traverse_util import unflatten_dict
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from quick import QUICK
 
 from anisora_jax.errors import BadInput
 from anisora_jax.models import names, tiles
@@ -67,8 +66,8 @@ def ours(models: dict, name: str, **options) -> WanVAE:
   return WanVAE(names.from_torch(tensors, vae_names.entries(SIZES[name], "diffusers")), SIZES[name], **options)
 
 
-encode = jax.jit(lambda codec, frames, *key: codec.encode(frames, *key), compiler_options=QUICK)
-decode = jax.jit(lambda codec, latents: codec.decode(latents), compiler_options=QUICK)
+encode = jax.jit(lambda codec, frames, *key: codec.encode(frames, *key))
+decode = jax.jit(lambda codec, latents: codec.decode(latents))
 
 
 def frames_of(clip: tuple) -> np.ndarray:

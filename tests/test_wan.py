@@ -14,7 +14,6 @@ from diffusers import WanTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from quick import QUICK
 
 from anisora_jax.errors import BadInput
 from anisora_jax.models import names, rope
@@ -108,7 +107,7 @@ def shapes(size: Size) -> dict:
 
 def velocity(net: WanDiT):
   """(params, inputs) -> velocity, compiled."""
-  return jax.jit(lambda params, inputs: net.apply({"params": params}, **inputs), compiler_options=QUICK)
+  return jax.jit(lambda params, inputs: net.apply({"params": params}, **inputs))
 
 
 def gradients(net: WanDiT):
@@ -116,7 +115,7 @@ def gradients(net: WanDiT):
   def loss(params, inputs):
     return jnp.square(net.apply({"params": params}, **inputs)).mean()
 
-  return jax.jit(jax.value_and_grad(loss), compiler_options=QUICK)
+  return jax.jit(jax.value_and_grad(loss))
 
 
 @pytest.fixture(scope="module")

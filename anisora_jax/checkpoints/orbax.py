@@ -26,6 +26,9 @@ from orbax.checkpoint import v1 as ocp
 from anisora_jax.checkpoints import manifest
 from anisora_jax.errors import BadInput
 
+# Smaller arrays are written whole by one of the devices that hold them: each cut of another shape would be a program to
+# compile, seconds of them in the first save of a small run.
+CUT = ocp.options.ArrayOptions(saving=ocp.options.ArrayOptions.Saving(min_slice_bytes_for_replica_parallel=2**20))
 ROOM = 2**20  # bytes for what Orbax and the manifest add to the arrays
 DAY = 24 * 3600  # seconds in which the first host must have read back what all have written
 
@@ -148,8 +151,9 @@ class Checkpoints:
       self._failure = self._failure or f"the checkpoint of step {step} was not written, as the first host says."
       self._tell()
       return time.perf_counter() - began
-    response = ocp.save_checkpointables_async(self._unfinished / str(step), {"state": state},
-                                              custom_metadata={"loader": loader, "config": config})
+    with ocp.Context(array_options=CUT):
+      response = ocp.save_checkpointables_async(self._unfinished / str(step), {"state": state},
+                                                custom_metadata={"loader": loader, "config": config})
     self._thread = threading.Thread(target=self._finish, args=(step, response.result), name=f"checkpoint {step}")
     self._thread.start()
     return time.perf_counter() - began
