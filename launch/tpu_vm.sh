@@ -3,7 +3,7 @@
 # them. It sends this working tree, installs it, starts a process on each worker, and shows worker 0's log; Ctrl-C stops
 # only the showing. The same command again follows a run that lives, and goes on with one that was stopped or preempted,
 # also on a new TPU VM of the name. launch/tpu_vm.sh stop: saves and stops. Logs: anisora/train.log in each worker's
-# home. Any multiple of 8 chips will do: each clip of the recipes' batches of 8 is shared by an eighth of them.
+# home. 8, 16, 32 to 256 chips will do: each clip of the recipes' batches of 8 is shared by an eighth of them.
 set -euo pipefail
 : "${TPU:=anisora}" "${ZONE:=us-east5-a}"
 : "${SHARE:=10.0.0.2:/share}"  # NFS (Filestore), mounted at /mnt/anisora: holds latents/ and weights, gets run/

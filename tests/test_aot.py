@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from anisora_jax.errors import BadInput
 from anisora_jax.experiment import parts, train
 from anisora_jax.parallel import mesh, targets, traffic
+from anisora_jax.planning.arithmetic import products
 from anisora_jax.training import optimizer
 from configs import wan21_i2v_14b
 
@@ -120,21 +121,6 @@ def test_a_transfer_hides_only_behind_a_kernel_that_stands_between_its_start_and
   assert traffic.hidden(SCHEDULE.replace("tpu_custom_call", "another")) == (0, 2)
 
 
-def products(jaxpr, turns: int = 1) -> int:
-  """Multiply-adds x 2 of all matrix products of a traced program, loops multiplied out; on one device."""
-  total = 0
-  for equation in jaxpr.eqns:
-    if equation.primitive.name == "dot_general":
-      ((summed, _), _), left = equation.params["dimension_numbers"], equation.invars[0].aval.shape
-      total += 2 * turns * equation.outvars[0].aval.size * math.prod(left[dim] for dim in summed)
-    times = turns * equation.params["length"] if equation.primitive.name == "scan" else turns
-    for value in jax.tree.leaves(dict(equation.params), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
-      inner = getattr(value, "jaxpr", value)
-      if hasattr(inner, "eqns"):
-        total += products(inner, times)
-  return total
-
-
 @pytest.mark.parametrize("word", ["full", "lora"])
 def test_model_flops_are_those_of_the_traced_step_when_nothing_is_computed_twice(word):
   config = wan21_i2v_14b.get_config(word)
@@ -223,6 +209,7 @@ def test_a_small_network_is_compiled_for_devices_that_are_not_here(target, kerne
 RING = """
 import sys
 from anisora_jax.parallel import mesh, targets, traffic
+from anisora_jax.planning.arithmetic import products
 from anisora_jax.models.attention import PATTERNS
 target, kernel, pattern = sys.argv[1:]
 scheme, there = PATTERNS[pattern], mesh.build({"seq": 4}, devices=targets.devices(target))

@@ -1,5 +1,6 @@
 """Each record goes to the bucket that keeps most of it, and comes once a pass, on any number of hosts."""
 
+import itertools
 import json
 from collections import Counter
 from dataclasses import replace
@@ -157,6 +158,37 @@ def test_what_cannot_be_assigned_is_one_clear_line(folder, text, words):
   assert "\n" not in str(error.value)
   with pytest.raises(BadInput, match="assignment of records"):
     Deal(buckets.parse(SIZES), assign="best")
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["by the index", "by an old index"])
+def test_clips_of_many_lengths_go_to_buckets_that_they_are_long_enough_for(told, tmp_path, monkeypatch):
+  """Ten of 24 frames at the wanted pace, ten of 6, and two of 3, which are too short for all; held out are only short
+  ones. None need be read to know."""
+  clips = {name: [sized(f"{name}{n}", 32, 64, frames) for n in range(count)]
+           for name, frames, count in (("long", 48, 10), ("short", 12, 10), ("tiny", 6, 2))}
+  train, held_out = list(itertools.chain(*clips.values())), clips["tiny"] + clips["short"][:3]
+  where = write_folder(tmp_path / "all", train, held_out, seconds=None,
+                       write=records.write_clips if told else records.write_shard)
+
+  def dealt(*made, **more):
+    with monkeypatch.context() as patch:
+      if told:
+        patch.setattr(records.Records, "__getitem__", lambda *_: pytest.fail("a record was read"))
+      return Batches(where, *made, fps=12, threads=0, **more)
+
+  for sizes, of_short in (("17x32x64@2,5x32x64@4", {"long", "short"}), (deal("17x32x64@2,5x32x64@4"), {"short"})):
+    batches, seen = dealt(sizes), {5: set(), 17: set()}
+    for _ in range(20):
+      batch = next(batches)
+      assert batch["ok"].all() and not batches.bad
+      seen[batch["frames"].shape[1]] |= {caption.split()[1].rstrip("0123456789") for caption in batch["caption"]}
+    assert seen == {5: of_short, 17: {"long"}} and batches.short == 2
+    held = list(dealt(sizes, split="held_out"))
+    assert [batch["frames"].shape[:2] for batch in held] == [(4, 5)] and held[0]["ok"].sum() == 3
+  with pytest.raises(BadInput, match="bucket 25x32x64@2:1: all 'train' clips are shorter: take fewer frames"):
+    dealt("25x32x64@2,5x32x64@4")
+  with pytest.raises(BadInput, match="all 'held_out' clips are shorter than every bucket"):
+    dealt("17x32x64@2", split="held_out")
 
 
 def test_a_record_that_cannot_be_read_is_named_and_stood_in_for(tmp_path):

@@ -117,6 +117,12 @@ def test_the_step_of_packed_rows_is_the_one_that_is_accounted_for(encoded):
   assert flops < made.work(made.buckets[0])[1]
 
 
+def test_clips_that_were_encoded_in_every_size_are_not_assigned_to_one(encoded):
+  told = config(data__records=str(encoded), data__encoded=True, data__buckets=SIZES, data__assign="fit")
+  with pytest.raises(BadInput, match=r"was encoded with data\.assign=any, each clip in every size"):
+    encode.empty_text(parts.assemble(told), told)
+
+
 def test_encoding_assigns_each_clip_to_one_size(records, tmp_path):
   out = tmp_path / "latents"
   encode.encode(config(data__records=str(records), data__buckets="5x16x24@8,9x16x24@8,9x24x16@8", data__assign="fit"),

@@ -30,8 +30,9 @@ from anisora_jax.errors import BadInput
 from anisora_jax.experiment import adapters, convert, parts, runs, sample, studio, train
 from anisora_jax.loaders import buckets
 from anisora_jax.models.wan.names import NAMINGS, entries
+from anisora_jax.parallel import mesh as meshes
 from anisora_jax.sampling.request import Request, lay_out, parse_keyframes
-from anisora_jax.training import optimizer
+from anisora_jax.training import optimizer, report
 from configs import base, tiny
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -283,6 +284,37 @@ def test_a_run_of_cards_is_sampled_where_none_are(straight, environment, tmp_pat
   assert refused.returncode == 2 and "pattern 'local_global' needs" in refused.stderr
   subprocess.run([*words, "--kernel=blockwise", "--attention=ring"], cwd=ROOT, env=environment, check=True)
   assert (tmp_path / "film.mp4").exists()
+
+
+def test_a_run_of_clips_that_share_rows_is_sampled_a_clip_at_a_time(straight, tmp_path):
+  run = copy_of(straight, tmp_path / "run")
+  config = json.loads((run / "config.json").read_text())
+  config["data"] |= {"encoded": True, "packed": 2}
+  (run / "config.json").write_text(json.dumps(config))
+  assert studio.open_run(run, {"data.encoded": False}, count=1).parts.packed == 0
+
+
+def test_of_devices_that_do_not_divide_weights_as_many_work_as_do(straight, capsys):
+  assert studio.open_run(straight, {}, count=6).parts.mesh.size == 4
+  assert re.fullmatch(r"works on 4 of 6 devices: .* does not divide by .* = 6.*\n", capsys.readouterr().err)
+  assert studio.open_run(straight, {}, count=8).parts.mesh.size == 8 and not capsys.readouterr().err
+
+
+def test_the_held_out_loss_is_that_of_the_first_bucket_with_clips(records):
+  """All are wider than high."""
+  config = settings(records, data__buckets="9x24x16@8,5x16x24@8", data__assign="fit")
+  made = parts.assemble(config)
+  chain, _ = optimizer.build(made.optimizer, parts.abstract_trained(made))
+  frozen, captions = train.frozen_parts(made, config)
+  measure = train.held_out_loss(made, config, 2, frozen, captions, report.LeftOut(pytest.fail, "held_out"))
+  assert math.isfinite(measure(train.training_state(made, chain)[1](None))["held_out"])
+
+
+def test_hosts_with_other_records_are_refused(records, monkeypatch):
+  config = settings(records)
+  monkeypatch.setattr(meshes, "alike", lambda number: False)
+  with pytest.raises(BadInput, match="hosts find other 'train' records there, or other lengths"):
+    parts.loader(parts.assemble(config), config, "train")
 
 
 def test_held_out_clips_become_films_numbers_and_a_page(made, straight):

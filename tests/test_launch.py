@@ -92,7 +92,7 @@ def fits(words: list[str], *machines: list[Mock]) -> None:
     (flag.removeprefix("config."), value) for flag, value in said.items()) if name in fields})
   for devices in machines:
     made = parts.assemble(config, devices=devices)
-    assert made.mesh.size == len(devices) and made.buckets[0].batch
+    assert made.mesh.size == len(devices) and made.buckets[0].batch and parts.abstract_params(made)
   assert config.pretrained and config.data.encoded
 
 
@@ -124,7 +124,7 @@ def test_slurm_starts_on_the_nodes_it_asks_for_and_on_more(tmp_path):
   _, ((_, *words),) = Stubs(tmp_path, "srun").run("slurm.sh", SLURM_JOB_ID="4711")
   asked = dict(word.removeprefix("--").split("=") for word in asked_of_slurm() if "=" in word and "@" not in word)
   nodes, each = int(asked["nodes"]), int(asked["gpus-per-node"])
-  fits(words, cards(nodes * each), cards(each), cards(8 * each))
+  fits(words, cards(nodes * each), cards(each), cards(256))
 
 
 @pytest.mark.parametrize("status, again", [(0, False), (75, True), (2, False), (137, False)])

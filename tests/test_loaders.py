@@ -51,12 +51,12 @@ def clip_of(name, frames=24, fps=24., colour=0):
                       mp4=video.encode(numbered(frames, colour), fps))
 
 
-def write_folder(folder, train, held_out=(), seconds=1.):
+def write_folder(folder, train, held_out=(), seconds=1., write=records.write_shard):
   folder.mkdir(parents=True)
   splits = {}
   for split, clips in (("train", train), ("held_out", held_out)):
     half = [clips[:len(clips) // 2], clips[len(clips) // 2:]]
-    shards = [records.write_shard(folder / f"{split}-0000{n}-of-00002.arrayrecord", [
+    shards = [write(folder / f"{split}-0000{n}-of-00002.arrayrecord", [
       clip if isinstance(clip, bytes) else records.to_bytes(clip) for clip in part]) for n, part in enumerate(half)]
     splits[split] = {"shards": shards}
   (folder / "index.json").write_text(json.dumps({"clip_seconds": seconds, "splits": splits}))
@@ -243,6 +243,13 @@ def test_a_host_may_hold_any_parts_and_of_each_bucket_others(folders):
     places = rows[batch["frames"].shape[1]]
     assert same({**{key: batch[key][places] for key in ("frames", "character", "id", "ok")},
                  "caption": [batch["caption"][place] for place in places]}, part)
+
+
+def test_hosts_know_by_a_number_whether_they_deal_the_same_records(folders, tmp_path):
+  one, other = (Batches(folder, "5x16x24@4", fps=12, share=host_of(host, 2)).dealt
+                for host, folder in enumerate([folders[0]] * 2))
+  fewer = Batches(write_folder(tmp_path / "a", [clip_of("a")] * 3), "5x16x24@4", fps=12).dealt
+  assert one == other != fewer
 
 
 def test_batches_of_another_size_do_not_go_on(folders):

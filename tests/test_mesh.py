@@ -347,6 +347,20 @@ def test_attention_that_cannot_run_is_refused_in_one_line(shape, pattern, kernel
   attention.check("ring", "dense", on_mesh((1, 1, 1, 2, 4)), 8, "float32")
 
 
+@dataclass(frozen=True)
+class Card(Device):
+  compute_capability: str = ""
+
+
+@pytest.mark.parametrize(("capability", "runs"), [("9.0", True), ("8.0", True), ("7.5", False), ("gfx942", False)])
+def test_cards_that_cudnn_does_not_know_are_refused_before_anything_is_compiled(capability, runs):
+  there = mesh.build({}, devices=[Card("gpu", compute_capability=capability)])
+  if runs:
+    return attention.check("ring", "cudnn", there, 4, "bfloat16")
+  with pytest.raises(BadInput, match=r"needs an NVIDIA card of compute capability 8 or more: .*'blockwise'"):
+    attention.check("ring", "cudnn", there, 4, "bfloat16")
+
+
 def posing(platform: str) -> Mesh:
   return Mesh(np.array([Device(platform)]), ("data",))
 

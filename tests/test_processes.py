@@ -136,6 +136,7 @@ from anisora_jax.parallel import mesh, processes, rows
 mesh.simulate(2)
 processes.join(processes.Meeting(f"localhost:{sys.argv[1]}", 2, int(sys.argv[2])))
 import jax
+assert mesh.alike(2**32 - 1) and not mesh.alike(int(sys.argv[2]))
 first, second, third, fourth = jax.devices()
 for sizes in ({"fsdp": 4}, {"fsdp": 2, "seq": 2}):
   there = mesh.build(sizes, devices=[first, third, second, fourth])

@@ -88,6 +88,7 @@ def settings_of(config: ConfigDict) -> dict[str, Any]:
 
 def empty_text(parts: Parts, config: ConfigDict) -> Float[np.ndarray, "s e"]:
   """Text tokens of the empty caption, of latents that must have been encoded as the config says. Raises BadInput."""
+  several = len(parts.buckets) > 1 and config.data.assign == "fit"
   for source in mixture.parse(config.data.records):
     index, said = latents.read_index(Path(source.path).expanduser()), learned(config)
     before = {name: index["settings"].get(name) for name in said}
@@ -98,6 +99,9 @@ def empty_text(parts: Parts, config: ConfigDict) -> Float[np.ndarray, "s e"]:
       raise BadInput(f"{source.path} was encoded with other settings ("
                      f"{'; '.join(f'{name}: {change}' for name, change in changed.items())}): take these back, or "
                      "encode the clips again.")
+    if several and index["settings"].get("assign", "any") != "fit":
+      raise BadInput(f"{source.path} was encoded with data.assign=any, each clip in every size; with fit it would come "
+                     "several times a pass: encode with fit too, or train with --config.data.assign=any.")
     found = latents.empty_text(index)
     if found.shape != (parts.size.text_tokens, parts.size.text_width):
       raise BadInput(f"{source.path} holds text tokens {found.shape} and the model reads {parts.size.text_tokens} of "

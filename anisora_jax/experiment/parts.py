@@ -161,9 +161,9 @@ def _filled(parts: Parts, bucket: Bucket, tokens: int) -> Bucket:
     raise BadInput(f"bucket {bucket} has no batch: write ...@BATCH, as in 9x32x48@16, or give --config.data.tokens.")
   (f, n), unit = parts.frame_tokens(bucket), meshes.batch_shards(parts.mesh) * parts.method.micro_batches
   if unit * f * n > tokens:
-    raise BadInput(f"bucket {bucket}: the smallest batch, {unit} clips as data x fsdp x micro_batches ask, is "
-                   f"{unit * f * n:,} tokens, and data.tokens is {tokens:,}: give at least so many, or split each clip "
-                   f"over more devices, as {bucket.frames}x{bucket.height}x{bucket.width}/2 says.")
+    raise BadInput(f"bucket {bucket}: the smallest batch, {unit} clips as replica x data x fsdp x micro_batches ask, "
+                   f"is {unit * f * n:,} tokens, and data.tokens is {tokens:,}: give so many, or split each clip over "
+                   f"more devices, as {bucket.frames}x{bucket.height}x{bucket.width}/2 says.")
   return replace(bucket, batch=tokens // (unit * f * n) * unit)
 
 
@@ -195,8 +195,8 @@ def _check_bucket(parts: Parts, bucket: Bucket) -> None:
                    f"example {max(1, bucket.height // cell) * cell}x{max(1, bucket.width // cell) * cell}.")
   shards = meshes.batch_shards(parts.mesh) * parts.method.micro_batches
   if bucket.batch % shards:
-    raise BadInput(f"bucket {bucket}: a batch of {bucket.batch} does not divide by data x fsdp x micro_batches = "
-                   f"{shards}: take a multiple of it.")
+    raise BadInput(f"bucket {bucket}: a batch of {bucket.batch} does not divide by replica x data x fsdp x "
+                   f"micro_batches = {shards}: take a multiple of it.")
 
 
 def abstract_params(parts: Parts, kept: bool = False) -> PyTree:
@@ -263,6 +263,9 @@ def loader(parts: Parts, config: ConfigDict, split: str, buckets: tuple[Bucket, 
     raise BadInput(f"{config.data.records} holds {'latents' if made.encoded else 'clips'} and data.encoded is "
                    f"{parts.encoded}: " + ("set --config.data.encoded=True." if made.encoded else
                                            "make latents of them with encode, or set --config.data.encoded=False."))
+  if not meshes.alike(made.dealt):
+    raise BadInput(f"{config.data.records}: hosts find other {split!r} records there, or other lengths of them: give "
+                   "all the same files, whole.")
   return made
 
 

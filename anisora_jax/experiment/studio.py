@@ -1,5 +1,6 @@
 """A trained or published network with its codec and encoders, ready to make films."""
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -210,12 +211,25 @@ def _step(velocity: Callable, solver: Solver, scale: float, params: PyTree, row:
 
 
 def _of(config: ConfigDict, count: int | None) -> Parts:
-  """The parts of a config for sampling: one film at a time, whose tokens are what is worth splitting."""
+  """The parts of a config for sampling: one film at a time, whose tokens are what is worth splitting.
+
+  Of a number of devices over which the weights cannot be split, as 6, the largest power of two work.
+  """
   nearby = pick(PATTERNS, config.model.attention, "attention pattern").nearby
   config.mesh = {"clip" if nearby else "seq": -1}
+  config.data.packed = 0
   config.data.buckets = ",".join(str(replace(bucket, seq=0)) for bucket in parse(config.data.buckets))
   pick(SOLVERS, config.sample.solver, "solver")
-  return assemble(config, count)
+  made = assemble(config, count)
+  usable = 2 ** (made.mesh.size.bit_length() - 1)
+  if usable == made.mesh.size or jax.process_count() > 1:
+    return made
+  try:
+    abstract_params(made)
+  except BadInput as error:
+    print(f"works on {usable} of {made.mesh.size} devices: {error}", file=sys.stderr)
+    return assemble(config, usable)
+  return made
 
 
 def changed(config: ConfigDict, changes: Mapping[str, object]) -> ConfigDict:

@@ -1,5 +1,6 @@
 """Parts become a training run, or an account of what it would take."""
 
+import itertools
 import json
 import sys
 from collections.abc import Callable
@@ -124,12 +125,17 @@ def stepping(parts: Parts, chain, abstract: PyTree, frozen: step.Frozen) -> tupl
 
 def held_out_loss(parts: Parts, config: ConfigDict, count: int, frozen: step.Frozen, captions: Captions | None,
                   left_out: report.LeftOut) -> Callable[[state.TrainState], dict[str, float]]:
-  """state -> held-out loss of the averaged parameters in each bin of noise time, always on the same `count` batches."""
-  clips, parts = loader(parts, config, "held_out", parts.buckets[:1]), replace(parts, replicas=1).of(parts.buckets[0])
+  """state -> held-out loss of the averaged parameters in each bin of noise time, always on the same batches.
+
+  They are up to `count` of the first bucket for which any clips are held out.
+  """
+  clips = loader(parts, config, "held_out")
+  wanted = list(itertools.islice(clips, count))
+  bucket = _bucket_of(parts, wanted[0])  # the first that has any
+  parts = replace(parts, replicas=1).of(bucket)
   measure = jax.jit(step.make_held_out(parts.method), compiler_options=parts.compiler_options)
   frozen = placement.viewed(frozen, parts.mesh)
-  wanted = zip(range(count), clips, strict=False)
-  batches = [to_devices(parts, captions, batch) for _, batch in wanted]
+  batches = [to_devices(parts, captions, batch) for batch in wanted if _bucket_of(parts, batch) == bucket]
   clips.close()
   left_out(clips.bad)
 
@@ -211,8 +217,9 @@ def train(config: ConfigDict, folder: Path, say: Callable[[str], None] = print) 
         now = make(start)
       frozen = frozen.replace(base=start if parts.lora else None)
       del start  # what was trained from it is a copy
+      short = f", {batches.short} more are too short for every bucket" if batches.short else ""
       way, advance = stepping(parts, chain, abstract, frozen)
-      say("\n".join([f"{meshes.describe(parts.mesh)}; {parameters(parts)}; {batches.length} clips.",
+      say("\n".join([f"{meshes.describe(parts.mesh)}; {parameters(parts)}; {batches.length} clips{short}.",
                      *budget(parts, config), *([] if source or not fresh else [RANDOM])]))
       # All at once and now: while a run goes on, a device would answer only after the steps under way. A step that is
       # left out counts here as an update, and for the optimiser as none.

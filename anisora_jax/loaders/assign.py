@@ -1,8 +1,9 @@
 """Which records go to which bucket, and when each bucket has its turn.
 
-"any": every bucket draws from all records that it can serve, by its weight. "fit": each record goes to one bucket, the
-one that keeps most of it, and a pass over the records gives each bucket the batches that its own records fill. So no
-record is lost or seen twice, and every step is one batch of one bucket on all devices: none waits for another's clip.
+"any": every bucket draws from all records that are long enough for it, by its weight. "fit": each record goes to one
+bucket, the one that keeps most of it, and a pass over the records gives each bucket the batches that its own records
+fill. So no record is lost or seen twice, and every step is one batch of one bucket on all devices: none waits for
+another's clip.
 """
 
 import contextlib
@@ -15,9 +16,10 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
+from tqdm.auto import tqdm
 
 from anisora_jax.errors import BadInput, pick
-from anisora_jax.loaders import video
+from anisora_jax.loaders import records, rows, video
 from anisora_jax.loaders.buckets import Bucket, Schedule, Turn, parse
 
 ASSIGN = {"any": "every bucket draws from all records", "fit": "each record goes to the bucket that keeps most of it"}
@@ -81,12 +83,30 @@ def size(clip: Any, fps: float) -> Float[np.ndarray, "3"]:
 
 
 def sizes(source: Any, fps: float) -> Float[np.ndarray, "clips 3"]:
-  """The size of every clip of a source; each is read once. What cannot be read is 0 long. Raises BadInput."""
+  """The size of every clip of a source, as of `size`. What cannot be read is 0 long. Raises BadInput."""
+  if isinstance(source, records.Records):
+    told = source.sizes()
+    paced = [video.paced_length(int(frames), own, fps) for frames, own in told[:, :2]]
+    return np.stack([paced, *told[:, 2:].T], -1).astype(float)
   found = np.ones((len(source), 3)) * (0, 1, 1)
-  for number in range(len(source)):
+  for number in tqdm(range(len(source)), f"sizes of the clips in {source.name}", unit="clip", delay=records.SLOW):
     with contextlib.suppress(video.Unreadable):  # it will be named when a batch wants it
       found[number] = size(source[number], fps)
   return found
+
+
+def taken(sources: Sequence[Any], deal: Deal, fps: float) -> list[list[rows.Numbers]]:
+  """Of each bucket: the clips of each source that it takes. Clips too short for it are not among them, where the source
+  knows how long each is, or all are equally long. Raises BadInput."""
+  if deal.assign == "fit":
+    found = [sizes(source, fps) for source in sources]
+    best = [np.where(clips[:, 0] < min(bucket.frames for bucket in deal.buckets), -1, fit(clips, deal.buckets))
+            for clips in found]
+    return [[np.flatnonzero(of_source == number) for of_source in best] for number in range(len(deal.buckets))]
+  long = [sizes(source, fps)[:, 0] if isinstance(source, records.Records) and source.seconds is None else None
+          for source in sources]
+  return [[range(len(source)) if frames is None else np.flatnonzero(frames >= bucket.frames)
+           for source, frames in zip(sources, long, strict=True)] for bucket in deal.buckets]
 
 
 class Passes:

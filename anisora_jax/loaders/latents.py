@@ -7,6 +7,7 @@ latents, which are normal numbers, an error of 0.0005 of each.
 
 import base64
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,18 @@ class Latents:
       return {**made, "caption": str(clip["caption"])}
     except (ValueError, KeyError, TypeError, IndexError, msgpack.UnpackException) as error:
       raise video.Unreadable(f"not a record of latents ({error})") from error
+
+
+def opened(folders: Sequence[Path], split: str, size: Bucket) -> list[Latents | None]:
+  """The clips of a size, of each folder that has some; of those held out none may. Raises BadInput."""
+  def there(folder: Path) -> bool:
+    about = read_index(folder)["sizes"].get(size_name(size))
+    return about is not None and any(shard["records"] for shard in about["splits"][split])
+
+  found = [Latents(folder, split, size) if there(folder) else None for folder in folders]
+  if split == "train" and not any(found):
+    Latents(folders[0], split, size)  # says what there is
+  return found
 
 
 def _array(data: bytes, shape: tuple[int, ...]) -> Half:

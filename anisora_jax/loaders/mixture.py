@@ -11,6 +11,7 @@ turn.
 
 import math
 import sys
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,13 +67,14 @@ def open_source(path: str, split: str) -> records.Records | tfds.TfdsClips:
 
 
 def serve(sources: Sequence[Source], split: str, buckets: Sequence[bucket_sizes.Bucket],
-          fps: float) -> list[list[rows.Source]]:
-  """The sources as each bucket takes them. Raises BadInput, also where clips and latents are mixed."""
+          fps: float) -> list[list[rows.Source | None]]:
+  """The sources as each bucket takes them, None where one has nothing for it. Raises BadInput, also where clips and
+  latents are mixed."""
   folders = [Path(source.path).expanduser() for source in sources]
   encoded = [not source.path.startswith(tfds.PREFIX) and latents.is_encoded(folder)
              for source, folder in zip(sources, folders, strict=True)]
   if all(encoded):
-    return [[latents.Latents(folder, split, bucket) for folder in folders] for bucket in buckets]
+    return [latents.opened(folders, split, bucket) for bucket in buckets]
   if any(encoded):
     raise BadInput(f"{folders[encoded.index(True)]} holds latents and {sources[encoded.index(False)].path} clips: "
                    "train on one kind; encode turns clips into latents.")
@@ -81,23 +83,27 @@ def serve(sources: Sequence[Source], split: str, buckets: Sequence[bucket_sizes.
 
 
 def clipwise(sources: Sequence[Source], split: str, deal: assign.Deal, fps: float, seed: int) -> list[rows.Clipwise]:
-  """The rows of each bucket, a clip each. Raises BadInput."""
+  """The rows of each bucket, a clip each; only of those held out a bucket may have none. Raises BadInput."""
   served, train = serve(sources, split, deal.buckets, fps), split == "train"
   weights = [source.weight for source in sources] if train else None
-  taken = [[range(len(source)) for source in of_bucket] for of_bucket in served]
-  totals = [[len(source) for source in of_bucket] for of_bucket in served]
+  if any(isinstance(source, Clips) for source in served[0]):
+    taken = assign.taken([clips.source for clips in served[0]], deal, fps)
+  else:
+    taken = [[range(len(source or ())) for source in of_bucket] for of_bucket in served]
+  totals = [[len(numbers) for numbers in of_bucket] for of_bucket in taken]
   if deal.assign == "fit":
-    if isinstance(served[0][0], Clips):
-      best = [assign.fit(assign.sizes(clips.source, fps), deal.buckets) for clips in served[0]]
-      taken = [[np.flatnonzero(of_source == bucket) for of_source in best] for bucket in range(len(served))]
-    totals = [[sum(len(of_bucket[source]) for of_bucket in taken) for source in range(len(sources))]] * len(served)
+    totals = [np.sum(totals, 0).tolist()] * len(served)
   made = []
   for bucket, (of_bucket, numbers, lengths) in enumerate(zip(served, taken, totals, strict=True)):
     found = rows.parts(numbers, lengths, weights)
-    if not found:
-      raise BadInput(f"bucket {deal.buckets[bucket]} is the best for no {split!r} record: leave it out.")
+    if train and not found:
+      raise BadInput(f"bucket {deal.buckets[bucket]} is the best for no 'train' record: leave it out."
+                     if deal.assign == "fit" else f"bucket {deal.buckets[bucket]}: all 'train' clips are shorter: take "
+                     "fewer frames, more fps, or longer clips.")
     count = rows.a_pass(found, lengths, weights)
     made.append(rows.Clipwise(of_bucket, found, count, (seed, bucket) if train else None))
+  if not any(of_bucket.clips for of_bucket in made):
+    raise BadInput(f"all {split!r} clips are shorter than every bucket: take fewer frames, more fps, or longer clips.")
   return made
 
 
@@ -108,7 +114,7 @@ def packed(sources: Sequence[Source], split: str, deal: assign.Deal, seed: int) 
     if source.path.startswith(tfds.PREFIX) or not latents.is_encoded(folder):
       raise BadInput(f"{source.path} holds clips, and only latents share rows, since a codec would mix clips: encode "
                      "them, or take --config.data.packed=0.")
-  found = [{size: packing.opened(folders, split, size) for size in packing.sizes(folders, split, bucket)}
+  found = [{size: latents.opened(folders, split, size) for size in packing.sizes(folders, split, bucket)}
            for bucket in deal.buckets]
   if deal.assign == "fit":  # each size goes to the shortest rows that hold it
     def least(size: bucket_sizes.Bucket) -> int:
@@ -156,11 +162,14 @@ class Batches(Iterator[dict[str, Any]]):
 
   split "train": every source goes round for ever, shuffled anew each epoch. split "held_out": every record once and in
   order, source after source, bucket after bucket, from its first frame; the last batch of a bucket is filled up with
-  repeats whose "ok" is 0.
+  repeats whose "ok" is 0. Clips that are too short for every bucket are left out.
 
   sources, buckets: as `parse` of this file and of buckets.py read them, or their text; or how records are dealt to
   buckets. fps: frames a second of what is handed out. share: of this host, in the batches of a bucket. threads: that
   decode, each a batch; 0 decodes when asked. Raises BadInput.
+
+  length: clips that come in a pass; short: those that never come. encoded: they are latents. dealt: a number that is
+  the same on hosts that deal the same records. bad: names and reasons of records that could not be read, as met.
 
   A batch, rows b = the bucket's batch x this host's share of the parts:
     of clips:   frames uint8 [b, F, H, W, 3], character bool [b, F, H, W] (the tracked one);
@@ -191,7 +200,9 @@ class Batches(Iterator[dict[str, Any]]):
       for k in range(rows.batches(counts[number], bucket.batch))]
     read = _HostBatches(deal.buckets, made, turns, share)
     self.length = (max if deal.assign == "any" else sum)(of_bucket.clips for of_bucket in made)
-    self.encoded = bool(deal.packed) or isinstance(made[0].sources[0], latents.Latents)
+    self.short = rows.left_out(made)
+    self.encoded = bool(deal.packed) or not any(isinstance(source, Clips) for source in made[0].sources)
+    self.dealt = zlib.crc32(repr([of_bucket.dealt for of_bucket in made]).encode())  # the same on every host
     self.bad: list[tuple[str, str]] = []
     self._sizes = [bucket.batch for bucket in deal.buckets]
     self._batches = iter(grain.MapDataset.source(read).to_iter_dataset(

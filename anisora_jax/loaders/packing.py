@@ -118,13 +118,8 @@ def sizes(folders: Sequence[Path], split: str, bucket: Bucket) -> list[Bucket]:
                 key=lambda size: -size.frames)
 
 
-def opened(folders: Sequence[Path], split: str, size: Bucket) -> list[Latents | None]:
-  """The clips of a size, of each folder that has some. Raises BadInput."""
-  return [Latents(folder, split, size) if size in sizes([folder], split, size) else None for folder in folders]
-
-
 class Packed:
-  """Rows of several clips. count: rows of a pass over all records; clips: records that come."""
+  """Rows of several clips. count: rows of a pass over all records; clips: records that come; dealt: of `rows`."""
 
   def __init__(self, canvas: Canvas, sizes: Sequence[Sequence[Latents | None]], weights: Sequence[float] | None,
                seed: Sequence[int]):
@@ -138,6 +133,7 @@ class Packed:
     self._plan = Plan(patterns(lengths, counts, canvas.frames, canvas.clips), self._seed)
     self._canvas, self._sizes, self.count = canvas, sizes, Fraction(self._plan.count)
     self._orders = [rows.Order(found, (*seed, size)) for size, found in enumerate(taken)]
+    self.dealt = [rows.dealt(found) for found in taken]
 
   def __getitem__(self, place: int) -> tuple[dict[str, Any], rows.Bad]:
     clips, bad = [], []

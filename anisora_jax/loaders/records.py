@@ -2,14 +2,17 @@
 
 A folder of records holds SPLIT-00000-of-00004.arrayrecord files and one index.json, which is written last and names
 every shard with its size, so a folder without it is unfinished, and a shard that was cut short is seen before training
-starts. A record is one msgpack map of the fields of `Clip`. The film itself stays an mp4: 0.1-1 MB for two seconds
-of 480p, against 60 MB of raw pixels, and cropping, pacing and resizing happen anew at every reading.
+starts; it tells also how long and large each clip is, so that none need be read to know which bucket it suits. A record
+is one msgpack map of the fields of `Clip`. The film itself stays an mp4: 0.1-1 MB for two seconds of 480p, against
+60 MB of raw pixels, and cropping, pacing and resizing happen anew at every reading.
 """
 
+import base64
+import contextlib
 import json
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,7 +20,8 @@ import msgpack
 import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
+from tqdm.auto import tqdm
 
 from anisora_jax.errors import BadInput
 from anisora_jax.loaders import video
@@ -26,6 +30,8 @@ SPLITS = ("train", "held_out")
 INDEX = "index.json"
 # One record a group: with larger groups every random read decompresses its neighbours too.
 _OPTIONS = "group_size:1"
+Sizes = Float[np.ndarray, "clips 4"]  # frames, frames a second, height, width; 0 frames where a record is unreadable
+SLOW = 2  # seconds after which a bar is shown
 
 
 @dataclass(frozen=True)
@@ -88,22 +94,51 @@ def unpack_mask(packed: bytes, shape: tuple[int, int, int]) -> Bool[np.ndarray, 
   return np.unpackbits(bits, count=math.prod(shape)).reshape(shape).astype(bool)
 
 
-def write_shard(path: Path, records: Sequence[bytes]) -> dict:
+def write_shard(path: Path, records: Iterable[bytes]) -> dict:
   """Writes one ArrayRecord file under a temporary name, then renames it; returns its row for the index.
 
   Raises BadInput where the disk is full or refuses.
   """
-  unfinished = path.with_name(f".{path.name}.partial")
+  unfinished, count = path.with_name(f".{path.name}.partial"), 0
   try:
     writer = ArrayRecordWriter(str(unfinished), _OPTIONS)
     for record in records:
       writer.write(record)
+      count += 1
     writer.close()
   except RuntimeError as error:
     raise BadInput(f"cannot write {path} ({' '.join(str(error).split())}): make room and run again, what is finished "
                    "is kept.") from error
   unfinished.replace(path)
-  return {"name": path.name, "records": len(records), "bytes": path.stat().st_size}
+  return {"name": path.name, "records": count, "bytes": path.stat().st_size}
+
+
+def write_clips(path: Path, records: Iterable[bytes]) -> dict:
+  """`write_shard` of records of clips, whose sizes its row then tells. Raises video.Unreadable too."""
+  found = []
+
+  def measured() -> Iterator[bytes]:
+    for record in records:
+      found.append(size_of(from_bytes(record)))
+      yield record
+
+  row = write_shard(path, measured())
+  return {**row, "sizes": base64.b64encode(zlib.compress(np.array(found, "<f8").tobytes())).decode()}
+
+
+def size_of(clip: Clip) -> tuple:
+  """As in `Sizes`."""
+  return clip.frames, clip.fps, clip.height, clip.width
+
+
+def read_sizes(shard: dict) -> Sizes | None:
+  """What a shard's row tells of its clips; None in those of earlier versions. Raises BadInput."""
+  if "sizes" not in shard:
+    return None
+  try:
+    return np.frombuffer(zlib.decompress(base64.b64decode(shard["sizes"])), "<f8").reshape(shard["records"], 4)
+  except (ValueError, TypeError, zlib.error) as error:
+    raise BadInput(f"{INDEX} is damaged where it tells of {shard['name']} ({error}): pack the films again.") from error
 
 
 def write_shards(folder: Path, split: str, parts: Sequence[tuple[Path, range]], shard_bytes: int) -> list[dict]:
@@ -118,7 +153,7 @@ def write_shards(folder: Path, split: str, parts: Sequence[tuple[Path, range]], 
   rows = []
   for shard, chosen in enumerate(np.array_split(np.arange(len(where)), shards)):
     name = f"{split}-{shard:05}-of-{shards:05}.arrayrecord"
-    rows.append(write_shard(folder / name, [sources[where[k][0]][where[k][1]] for k in chosen]))
+    rows.append(write_clips(folder / name, (sources[where[k][0]][where[k][1]] for k in chosen)))
   return rows
 
 
@@ -173,7 +208,8 @@ class Records:
   def __init__(self, folder: Path, split: str):
     index = read_index(folder)
     self.name, self.seconds = str(folder), None if index["clip_seconds"] is None else float(index["clip_seconds"])
-    self._source, self._length = open_shards(folder, index["splits"][split], INDEX)
+    self._shards = index["splits"][split]
+    self._source, self._length = open_shards(folder, self._shards, INDEX)
     if not self._length:
       raise BadInput(f"{folder} holds no {split!r} records: pack more or longer films, or a larger --held_out share.")
 
@@ -182,3 +218,14 @@ class Records:
 
   def __getitem__(self, number: int) -> Clip:
     return from_bytes(read(self._source, number))
+
+  def sizes(self) -> Sizes:
+    """Of every clip; from the index, or where it is of an earlier version by reading them all. Raises BadInput."""
+    told = [read_sizes(shard) for shard in self._shards if shard["records"]]
+    if all(one is not None for one in told):
+      return np.concatenate(told)
+    found = np.ones((len(self), 4)) * (0, 1, 1, 1)
+    for number in tqdm(range(len(self)), f"sizes of the clips in {self.name}", unit="clip", delay=SLOW):
+      with contextlib.suppress(video.Unreadable):  # it will be named when a batch wants it
+        found[number] = size_of(self[number])
+    return found

@@ -1,6 +1,7 @@
 """Rows of a batch: the order in which records come, and each as a row, or what stands in for one that is unreadable."""
 
 import math
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -37,6 +38,11 @@ class Part(NamedTuple):
   source: int
   records: Numbers
   weight: Fraction | None
+
+
+def dealt(found: Sequence[Part]) -> list[tuple[int, int, int]]:
+  """By what hosts see that they deal the same records: (source, how many, which)."""
+  return [(part.source, len(part.records), zlib.crc32(np.asarray(part.records, np.int64))) for part in found]
 
 
 def parts(taken: Sequence[Numbers], lengths: Sequence[int], weights: Sequence[float] | None) -> list[Part]:
@@ -76,7 +82,7 @@ class Order:
   """
 
   def __init__(self, found: Sequence[Part], seed: Sequence[int]):
-    self._parts, self._shuffled = found, found[0].weight is not None
+    self._parts, self._shuffled = found, any(part.weight is not None for part in found)
     self._total, sets = sum(len(part.records) for part in found), []
     for index, part in enumerate(found):
       numbers = grain.MapDataset.range(len(part.records))
@@ -86,7 +92,7 @@ class Order:
         numbers = numbers.shuffle(seed=spread).repeat()
       sets.append(numbers.map(lambda number, index=index: (index, int(number))))
     self._places = (grain.MapDataset.mix(sets, [float(part.weight) for part in found]) if self._shuffled else
-                    grain.MapDataset.concatenate(sets))
+                    grain.MapDataset.concatenate(sets) if sets else ())
 
   def __getitem__(self, place: int) -> Turn:
     index, number = self._places[place if self._shuffled else place % self._total]
@@ -110,20 +116,34 @@ def readable(source: Source, turn: Turn, seed: Sequence[int] | None) -> tuple[di
 
 
 class Clipwise:
-  """One clip a row. count: rows of a pass over all records; clips: records that come.
+  """One clip a row. count: rows of a pass over all records; clips: records that come; dealt: of `dealt`.
 
   seed: of the run and the bucket; None draws nothing.
   """
 
-  def __init__(self, sources: Sequence[Source], found: Sequence[Part], count: Fraction, seed: Sequence[int] | None):
+  def __init__(self, sources: Sequence[Source | None], found: Sequence[Part], count: Fraction,
+               seed: Sequence[int] | None):
     self.sources, self.count, self._seed, self._order = sources, count, seed, Order(found, seed or (0,))
-    self.clips = sum(len(part.records) for part in found)
+    self.found = found
+    self.clips, self.dealt = sum(len(part.records) for part in found), dealt(found)
 
   def __getitem__(self, place: int) -> tuple[dict[str, Any], Bad]:
     turn = self._order[place]
     source, record = turn.part.source, turn.record
     made, bad = readable(self.sources[source], turn, self._seed and [*self._seed, place])
     return {**made, "id": np.int64(source * 2**32 + record), "ok": np.float32(turn.counts and not bad)}, bad
+
+
+def left_out(made: Sequence[Any]) -> int:
+  """How many clips of the sources of `Clipwise` rows no bucket takes; of other rows none."""
+  clipwise = [of_bucket for of_bucket in made if isinstance(of_bucket, Clipwise)]
+  total = 0
+  for number in range(len(clipwise[0].sources) if clipwise else 0):
+    held = max(len(of_bucket.sources[number] or ()) for of_bucket in clipwise)
+    taken = [part.records for of_bucket in clipwise for part in of_bucket.found if part.source == number]
+    most = max(map(len, taken), default=0)
+    total += held - (most if most == held or len(taken) < 2 else len(np.unique(np.concatenate(taken))))
+  return total
 
 
 def batches(rows: Fraction, batch: int) -> int:

@@ -4,6 +4,7 @@ A pattern says which tokens meet and how shards talk; a kernel works one block o
 """
 
 import math
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -54,8 +55,10 @@ def check(pattern: str, kernel: str, mesh: Mesh, heads: int, dtype: str, rule: R
     raise BadInput(f"pattern {pattern!r} needs the heads of a device to divide by clip x seq = {shards}, got {own} "
                    f"({heads} over tensor = {mesh.shape['tensor']}): use 'hybrid' or 'ring'.")
   platform = mesh.devices.flat[0].platform
+  capability = _capability(mesh)
   needs = [  # (what the kernel says where it cannot, whether a kernel can)
     (f"needs a {(asked.platform or '').upper()}, here is a {platform}", lambda x: x.platform in (None, platform)),
+    (f"needs an NVIDIA card of compute capability {asked.capability:g} or more", lambda x: x.capability <= capability),
     (f"works in {' or '.join(asked.dtypes)}, not in {dtype}", lambda x: dtype in x.dtypes),
     (f"returns no log-sum-exp, which a ring of {shards // together} needs",
      lambda x: x.block is not None or shards == together),
@@ -121,6 +124,14 @@ class Pattern(NamedTuple):
     heads = P(BATCH, *CLIP, "tensor", None)
     return jax.shard_map(flat, mesh=mesh, in_specs=(heads, heads, heads, P(BATCH)), out_specs=heads,
                          check_vma=_typed(local, mesh))(q, k, v, segments)
+
+
+def _capability(mesh: Mesh) -> float:
+  """Of a card; 0 of one that is not NVIDIA's, infinite where nothing tells."""
+  told = getattr(mesh.devices.flat[0], "compute_capability", None)
+  if not isinstance(told, str):
+    return math.inf
+  return float(told) if re.fullmatch(r"\d+(\.\d+)?", told) else 0.0
 
 
 def _typed(kernel: Local, mesh: Mesh) -> bool:

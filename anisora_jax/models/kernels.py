@@ -248,6 +248,7 @@ class Local(NamedTuple):
   frames: bool = True               # takes rules of frames
   trains: bool = True               # has a backward pass
   platform: str | None = None       # the only one it runs on
+  capability: float = 0.0           # the least of an NVIDIA card that it runs on
   dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
   typed: bool = True                # its types tell which mesh axes a value varies over; those of Pallas do not
 
@@ -261,5 +262,6 @@ LOCAL = {  # name in configs -> kernel
   "blockwise": _from_blocks(BLOCKWISE),
   "splash": _from_blocks(splash.SPLASH, platform="tpu", dtypes=("float32", "bfloat16"), typed=False,
                          frames=False),
-  "cudnn": _from_blocks(CUDNN, platform="gpu", dtypes=("bfloat16", "float16"), packed=False, frames=False),
+  "cudnn": _from_blocks(CUDNN, platform="gpu", capability=8.0, dtypes=("bfloat16", "float16"), packed=False,
+                        frames=False),
 }

@@ -185,6 +185,11 @@ def gather(mesh: Mesh, rows: np.ndarray) -> np.ndarray:
   return np.ascontiguousarray(joined).view(np.int64)[..., 0]
 
 
+def alike(number: int) -> bool:
+  """Whether all hosts say the same number of 32 bits. Each asks."""
+  return jax.process_count() == 1 or len(set(multihost_utils.process_allgather(np.uint32(number)).tolist())) == 1
+
+
 def whole(mesh: Mesh) -> NamedSharding:
   """The placement of what every device holds whole, and every host can therefore read."""
   return NamedSharding(mesh, P())

@@ -87,8 +87,9 @@ def join(meeting: Meeting | None = None, environ: Mapping[str, str] = os.environ
   except (ValueError, RuntimeError) as error:
     # JAX says by this that it knows no launcher that could have started this process.
     if "coordinator_address" not in str(error) or many:
-      raise BadInput(f"this process cannot join the others ({' '.join(str(error).split())[:200]}): give --coordinator "
-                     "HOST:PORT --processes N --process K, or --distributed=off to run alone.") from None
+      by_package = " install the package kubernetes, through which JAX finds a job's pods; or" if JOB in environ else ""
+      raise BadInput(f"this process cannot join the others ({' '.join(str(error).split())[:200]}):{by_package} give "
+                     "--coordinator HOST:PORT --processes N --process K, or --distributed=off to run alone.") from None
   finally:
     watch.end()
   if jax.distributed.is_initialized() and jax.process_index() != 0:

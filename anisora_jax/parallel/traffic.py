@@ -149,7 +149,7 @@ def hidden(text: str) -> tuple[int, int]:
   for lines in parts.values():
     for at, line in enumerate(lines):
       if start := re.search(r"%(\S+) = .* collective-permute-start\(", line):
-        end = next(k for k in range(at, len(lines)) if f"collective-permute-done(%{start[1]})" in lines[k])
+        end = next((k for k in range(at, len(lines)) if f"collective-permute-done(%{start[1]})" in lines[k]), at)
         found.append(any(map(works, lines[at + 1:end])))
   return sum(found), len(found)
 

@@ -142,7 +142,7 @@ def write(shard: Shard, store: Store) -> dict:
   row = store.get("shards", key, needs)
   if row is None or not shard.path.is_file() or shard.path.stat().st_size != row["bytes"]:
     shard.path.parent.mkdir(parents=True, exist_ok=True)
-    row = records.write_shard(shard.path, Lazy(shard))
+    row = (records.write_shard if shard.tfds else records.write_clips)(shard.path, Lazy(shard))
     with open(shard.path, "rb") as file:
       row["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
     store.put("shards", key, needs, row)
