@@ -1,6 +1,7 @@
 """Programs compiled for devices that are not here; what they send and compute, against formulas."""
 
 import math
+import re
 import subprocess
 import sys
 from itertools import pairwise
@@ -142,6 +143,13 @@ def test_a_mesh_is_built_of_the_devices_it_is_given():
   assert set(mesh.build({"fsdp": -1}, devices=given).devices.flat) == set(given)
 
 
+def test_cards_stand_in_hosts_of_eight():
+  if command := targets.missing("h200"):
+    pytest.skip(f"what compiles for h200 is not installed: {command}")
+  assert [device.process_index for device in targets.devices("h200:24")] == [n // 8 for n in range(24)]
+  assert {device.process_index for device in targets.devices("h200:4")} == {0}
+
+
 def test_mesh_axes_may_split_the_sides_of_a_torus_and_keep_neighbours_together():
   if command := targets.missing("v6e"):
     pytest.skip(f"what compiles for v6e is not installed: {command}")
@@ -153,8 +161,9 @@ def test_mesh_axes_may_split_the_sides_of_a_torus_and_keep_neighbours_together()
 @pytest.mark.parametrize(("target", "said"), [
   ("h20:8", " is not known (h200, v5e, v5p, v6e): write h200:8 or v5p:2x2x4."),
   ("a100", " is not known (h200, v5e, v5p, v6e): write h200:8 or v5p:2x2x4."),
-  ("h200", ": h200 takes a count of cards, for example h200:8."),
-  ("h200:2x2", ": h200 takes a count of cards, for example h200:8."),
+  ("h200", ": h200 takes a count of cards, above 8 a multiple of it, for example h200:8."),
+  ("h200:2x2", ": h200 takes a count of cards, above 8 a multiple of it, for example h200:8."),
+  ("h200:12", ": h200 takes a count of cards, above 8 a multiple of it, for example h200:8."),
   ("v5p:4x4", ": v5p takes a multiple of 2 x a multiple of 2 x a multiple of 1, for example v5p:4x4x2."),
   ("v6e:3x2", ": v6e takes a multiple of 2 x a multiple of 2, for example v6e:4x4."),
 ])
@@ -193,16 +202,21 @@ def test_a_target_is_for_dry_runs_only():
 
 @pytest.mark.parametrize(("target", "kernel", "seq", "sends"), [
   ("v5p:2x2x2", "splash", 2, {"all-gather", "all-reduce", "collective-permute"}),
-  ("h200:8", "cudnn", 1, {"all-gather", "reduce-scatter"})])
+  ("h200:8", "cudnn", 1, {"all-gather", "reduce-scatter"}),
+  ("h200:16", "cudnn", 2, {"all-gather", "reduce-scatter", "collective-permute"})])
 def test_a_small_network_is_compiled_for_devices_that_are_not_here(target, kernel, seq, sends):
   if command := targets.missing(target.partition(":")[0]):
     pytest.skip(f"what compiles for {target} is not installed: {command}")
   done = cli("--dry_run", f"--target={target}", "--config.data.buckets=5x32x32@8", f"--config.mesh.seq={seq}",
-             f"--config.model.kernel={kernel}", "--config.model.dtype=bfloat16", "--config.model.remat=offload")
+             "--config.model.attention=ring", f"--config.model.kernel={kernel}", "--config.model.dtype=bfloat16",
+             "--config.model.remat=offload")
   account = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
   assert f"seq {seq} " in account["mesh"] and target in account["mesh"] and "620,560" in account["network"]
   assert "MiB: " in account["bucket"] and "MiB of its host's" in account["bucket"]
   assert account["fits"].startswith("yes: ")
+  if "collective-permute" in sends:
+    hidden, all_of_them = re.search(r"(\d+) of (\d+) permutes hide", account["sends"]).groups()
+    assert hidden == all_of_them
   assert all(kind in account["sends"] for kind in sends)
 
 

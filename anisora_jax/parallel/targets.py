@@ -33,7 +33,7 @@ class Kind(NamedTuple):
 
 KINDS = {  # TPUs: what their compiler allows; the card: what its driver tells
   "v5e": Kind(15.75, (2, 2)), "v5p": Kind(95.74, (2, 2, 1)), "v6e": Kind(31.25, (2, 2)), "h200": Kind(140.4, ())}
-CARDS = ("h200",)
+CARDS, HOST = ("h200",), 8  # of a host
 # For libtpu on a machine that is no TPU's: nobody can be asked what it is (any type will do), and nothing is locked.
 TPU_LESS = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5p-8", "TPU_WORKER_HOSTNAMES": "localhost",
             "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
@@ -77,10 +77,11 @@ def devices(target: str) -> list[jax.Device]:
   sizes = [int(size) for size in shape.split("x") if size.isdecimal()]
   least = KINDS[kind].shape or (1,)
   if (not re.fullmatch(r"\d+(x\d+)*", shape) or len(sizes) != len(least)
+      or (kind in CARDS and sizes[0] > HOST and sizes[0] % HOST)
       or any(size < 1 or size % unit for size, unit in zip(sizes, least, strict=True))):
     takes, example = " x ".join(f"a multiple of {unit}" for unit in least), "x".join(str(2 * unit) for unit in least)
     if kind in CARDS:
-      takes, example = "a count of cards", "8"
+      takes, example = f"a count of cards, above {HOST} a multiple of it", str(HOST)
     raise BadInput(f"target {target!r}: {kind} takes {takes}, for example {kind}:{example}.")
   if command := missing(kind):
     raise BadInput(f"what compiles for {kind} is not installed: {command}")
@@ -125,7 +126,9 @@ def _tpus(target: str) -> list[jax.Device]:
 
 
 def _gpus(count: int) -> list[jax.Device]:
-  return topologies.get_topology_desc(platform="cuda", target_config=H200, topology=f"1x1x{count}").devices
+  hosts = -(-count // HOST)
+  shape = f"1x{hosts}x{count // hosts}"
+  return topologies.get_topology_desc(platform="cuda", target_config=H200, topology=shape).devices
 
 
 def options(mesh: Mesh) -> dict[str, bool]:
