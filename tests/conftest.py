@@ -4,6 +4,7 @@ from jaxtyping import install_import_hook
 
 install_import_hook("anisora_jax", "beartype.beartype")
 
+import gc
 import os
 
 import jax
@@ -22,6 +23,12 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 # Files whose tests take minutes, in this order before all others, so that no process is left with one of them.
 LONG = ("experiment", "processes", "encode", "studio", "schemes", "mesh", "curate", "packing", "wan", "curate_cut")
+
+
+def pytest_collection_finish() -> None:
+  """What was imported is never garbage: the collector need not look through it again and again."""
+  gc.freeze()
+  gc.set_threshold(50_000, 20, 50)
 
 
 def pytest_collection_modifyitems(items: list) -> None:

@@ -241,6 +241,7 @@ for options in (mesh.compiler_options(there, scheme.transfers), {}):
 """
 
 
+@pytest.mark.product
 @pytest.mark.parametrize(("target", "kernel", "pattern"), [
   ("v5p:2x2x1", "splash", "ring"), ("v5p:2x2x1", "splash", "ring_both"), ("h200:4", "cudnn", "ring")])
 def test_what_a_ring_sends_hides_behind_its_kernels(target, kernel, pattern):
