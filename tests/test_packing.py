@@ -154,6 +154,19 @@ def test_held_out_clips_come_once_and_in_order_and_the_last_batch_ends_in_empty_
   assert all((batch["ok"] == 1).all() for batch in batches)
 
 
+def test_a_bucket_draws_from_the_folders_that_have_its_size(folder, tmp_path):
+  """One clip a row; of those held out there may be none for a bucket."""
+  other, text = stored.write(tmp_path / "other", {"train": {"9x32x48": 4}}), "17x32x48@2,9x32x48@2"
+  sources = {}
+  for batch in draw(Batches(f"{folder},{other}", text, fps=12), 20):
+    sources.setdefault(len(batch["latents"][0]), set()).update((batch["id"] >> 32).tolist())
+  assert sources == {5: {0}, 3: {0, 1}}
+  held = list(Batches(folder, text, fps=12, split="held_out"))
+  assert [batch["latents"].shape[:2] for batch in held] == [(2, 3)] * 2
+  with pytest.raises(BadInput, match="holds no 'held_out' latents of 9x32x48"):
+    Batches(other, "9x32x48@2", fps=12, split="held_out")
+
+
 def test_sources_have_their_turns_by_weight_whatever_the_lengths(folder, tmp_path):
   other = stored.write(tmp_path / "two", {"train": {"17x32x48": 2, "5x32x48": 6}}, first=101)
   drawn = draw(Batches(f"{folder}=0.75,{other}=0.25", deal(clips=5), fps=12), 150)

@@ -129,7 +129,7 @@ def held_out_loss(parts: Parts, config: ConfigDict, count: int, frozen: step.Fro
 
   They are up to `count` of the first bucket for which any clips are held out.
   """
-  clips = loader(parts, config, "held_out")
+  clips = loader(parts, config, "held_out", parts.buckets[:1] if parts.packed else parts.buckets)
   wanted = list(itertools.islice(clips, count))
   bucket = _bucket_of(parts, wanted[0])  # the first that has any
   parts = replace(parts, replicas=1).of(bucket)

@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from tqdm.auto import tqdm
 
 from anisora_jax.errors import BadInput, pick
@@ -96,17 +96,20 @@ def sizes(source: Any, fps: float) -> Float[np.ndarray, "clips 3"]:
 
 
 def taken(sources: Sequence[Any], deal: Deal, fps: float) -> list[list[rows.Numbers]]:
-  """Of each bucket: the clips of each source that it takes. Clips too short for it are not among them, where the source
-  knows how long each is, or all are equally long. Raises BadInput."""
+  """Of each bucket: the clips of each source that it takes. Those too short for it are not among them, where their
+  lengths can be known without decoding any; what cannot be read is, and will be named. Raises BadInput."""
   if deal.assign == "fit":
-    found = [sizes(source, fps) for source in sources]
-    best = [np.where(clips[:, 0] < min(bucket.frames for bucket in deal.buckets), -1, fit(clips, deal.buckets))
-            for clips in found]
+    found, least = [sizes(source, fps) for source in sources], min(bucket.frames for bucket in deal.buckets)
+    best = [np.where(_short(clips[:, 0], least), -1, fit(clips, deal.buckets)) for clips in found]
     return [[np.flatnonzero(of_source == number) for of_source in best] for number in range(len(deal.buckets))]
-  long = [sizes(source, fps)[:, 0] if isinstance(source, records.Records) and source.seconds is None else None
-          for source in sources]
-  return [[range(len(source)) if frames is None else np.flatnonzero(frames >= bucket.frames)
-           for source, frames in zip(sources, long, strict=True)] for bucket in deal.buckets]
+  lengths = [sizes(source, fps)[:, 0] if isinstance(source, records.Records) and source.seconds is None else None
+             for source in sources]
+  return [[range(len(source)) if frames is None else np.flatnonzero(~_short(frames, bucket.frames))
+           for source, frames in zip(sources, lengths, strict=True)] for bucket in deal.buckets]
+
+
+def _short(frames: Float[np.ndarray, "clips"], asked: int) -> Bool[np.ndarray, "clips"]:
+  return (frames > 0) & (frames < asked)
 
 
 class Passes:

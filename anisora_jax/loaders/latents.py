@@ -145,15 +145,12 @@ class Latents:
 
 
 def opened(folders: Sequence[Path], split: str, size: Bucket) -> list[Latents | None]:
-  """The clips of a size, of each folder that has some; of those held out none may. Raises BadInput."""
+  """The clips of a size, of each folder that has some. Raises BadInput."""
   def there(folder: Path) -> bool:
     about = read_index(folder)["sizes"].get(size_name(size))
     return about is not None and any(shard["records"] for shard in about["splits"][split])
 
-  found = [Latents(folder, split, size) if there(folder) else None for folder in folders]
-  if split == "train" and not any(found):
-    Latents(folders[0], split, size)  # says what there is
-  return found
+  return [Latents(folder, split, size) if there(folder) else None for folder in folders]
 
 
 def _array(data: bytes, shape: tuple[int, ...]) -> Half:

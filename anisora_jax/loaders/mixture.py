@@ -74,7 +74,11 @@ def serve(sources: Sequence[Source], split: str, buckets: Sequence[bucket_sizes.
   encoded = [not source.path.startswith(tfds.PREFIX) and latents.is_encoded(folder)
              for source, folder in zip(sources, folders, strict=True)]
   if all(encoded):
-    return [latents.opened(folders, split, bucket) for bucket in buckets]
+    found = [latents.opened(folders, split, bucket) for bucket in buckets]
+    for bucket, of_bucket in zip(buckets, found, strict=True):
+      if not any(of_bucket) and (split == "train" or not any(map(any, found))):
+        latents.Latents(folders[0], split, bucket)  # raises BadInput, which says what there is
+    return found
   if any(encoded):
     raise BadInput(f"{folders[encoded.index(True)]} holds latents and {sources[encoded.index(False)].path} clips: "
                    "train on one kind; encode turns clips into latents.")
