@@ -43,7 +43,8 @@ def _told_apart(read: Callable[[], T]) -> T:
   try:
     return read()
   except flags.UnrecognizedFlagError as error:
-    mistake = f"no flag is named --{error.flagname}: {errors.nearest(error.flagname, flags.FLAGS)}"
+    own = [flag.name for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0])]  # those of libraries are not meant
+    mistake = f"no flag is named --{error.flagname}: {errors.nearest(error.flagname, own, 'see --help.')}"
   except (AttributeError, KeyError) as error:
     mistake = f"no config field is named {' '.join(str(error.args[0]).split())}"
   except OSError as error:

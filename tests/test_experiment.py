@@ -388,6 +388,7 @@ WRONG = {  # a config's wrong fields -> what the line must say
   "an average beyond its parameters": (dict(optimizer__ema=2.0), "optimizer.ema is 2.0"),
   "given frames noisier than all": (dict(times__given=3.0), "given = 3.0 is no share"),
   "a late part before the start": (dict(times__late_from=-1.0), "late_from = -120 is no step"),
+  "a late part that never comes": (dict(times__late_from=math.nan), "late_from = nan is no share of a run"),
   "latents of nothing": (dict(codec__scale=0.0), "codec.scale is 0.0: it must be above 0"),
   "frozen parts that are not there": (dict(optimizer__frozen="decoder/"), "meets no"),
 }

@@ -383,6 +383,10 @@ def test_a_full_disk_is_one_clear_line_and_leaves_no_shard(tmp_path):
   assert "\n" not in str(error.value) and not (tmp_path / "train.arrayrecord").exists()
 
 
+def spoil(path):
+  path.write_bytes(b"x" * path.stat().st_size)
+
+
 def test_a_source_of_rubbish_stops_the_run(tmp_path):
   folder = write_folder(tmp_path / "records", [b"rubbish"] * 12)
   with pytest.raises(BadInput, match=r"8 records in a row cannot be used, the first is .* not a clip record"):
@@ -394,7 +398,8 @@ def test_a_source_of_rubbish_stops_the_run(tmp_path):
   (lambda folder: (folder / "index.json").write_text("{"), "index.json is damaged"),
   (lambda folder: (folder / "index.json").write_text("{}"), "index.json is damaged"),
   (lambda folder: (folder / "train-00000-of-00002.arrayrecord").unlink(), "00000-of-00002.arrayrecord is missing"),
-  (lambda folder: (folder / "train-00001-of-00002.arrayrecord").write_bytes(b"x" * 100), "has 100 bytes")])
+  (lambda folder: (folder / "train-00001-of-00002.arrayrecord").write_bytes(b"x" * 100), "has 100 bytes"),
+  (lambda folder: spoil(folder / "train-00001-of-00002.arrayrecord"), "a shard is damaged .*: copy the folder again")])
 def test_a_folder_that_lost_something_is_one_clear_line(tmp_path, harm, words):
   folder = write_folder(tmp_path / "records", [clip_of("a"), clip_of("b")])
   harm(Path(folder))

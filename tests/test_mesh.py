@@ -121,12 +121,15 @@ def test_loss_and_every_gradient_equal_one_device(shape, params, truth):
   assert_true(run(compiled(on_mesh(shape), params, batch_of(n)), params, batch_of(n)), truth[n])
 
 
-@pytest.mark.parametrize(("kernel", "shape"), [("blockwise", (1, 2, 1, 2, 2)), ("splash", (1, 1, 2, 2, 2))])
-def test_loss_and_every_gradient_equal_one_device_by_every_kernel(kernel, shape, params, truth, monkeypatch):
+@pytest.mark.parametrize(("pattern", "kernel", "shape"), [
+  ("ring", "blockwise", (1, 2, 1, 2, 2)), ("ring", "splash", (1, 1, 2, 2, 2)), ("ring_both", "dense", (1, 1, 1, 4, 2)),
+  ("ulysses", "dense", (1, 1, 1, 4, 2)), ("hybrid", "blockwise", (2, 1, 1, 2, 2))])
+def test_loss_and_every_gradient_equal_one_device_by_others(pattern, kernel, shape, params, truth, monkeypatch):
   monkeypatch.setitem(kernels.SIDE, "cpu", 7)
   monkeypatch.setattr(splash, "INTERPRET", True)
   n = TOKENS[shape[3]]
-  assert_true(run(compiled(on_mesh(shape), params, batch_of(n), kernel=kernel), params, batch_of(n)), truth[n])
+  made = compiled(on_mesh(shape), params, batch_of(n), pattern=pattern, kernel=kernel)
+  assert_true(run(made, params, batch_of(n)), truth[n])
 
 
 def test_all_factorisations_of_eight_devices_are_run():

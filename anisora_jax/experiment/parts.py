@@ -118,6 +118,8 @@ def assemble(config: ConfigDict, count: int | None = None, devices: Sequence[jax
                    config.model.gate, config.model.mask)
   times, loss = config.times.to_dict(), config.loss
   given = times.pop("given")
+  if not np.isfinite(times["late_from"]):
+    raise BadInput(f"times.late_from = {times['late_from']} is no share of a run: take 0 .. 1.")
   times["late_from"] = round(times["late_from"] * config.train.steps)
   pick(WEIGHTS, loss.weight, "loss weight")
   method = step.Method(

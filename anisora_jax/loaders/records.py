@@ -178,7 +178,7 @@ def count(folder: Path, split: str) -> int:
 def open_shards(folder: Path, shards: Sequence[dict], index: str) -> tuple[ArrayRecordDataSource | None, int]:
   """(the records of some shards by number, their count). shards: their rows of the file `index`.
 
-  Raises BadInput where one is missing or cut short.
+  Raises BadInput where one is missing, cut short or, as far as that is seen here, damaged.
   """
   for shard in shards:
     path = folder / shard["name"]
@@ -187,7 +187,11 @@ def open_shards(folder: Path, shards: Sequence[dict], index: str) -> tuple[Array
       raise BadInput(f"{path} {'is missing' if size is None else f'has {size} bytes'}: {index} says {shard['bytes']} "
                      "bytes; copy the folder again, or make it anew.")
   full = [str(folder / shard["name"]) for shard in shards if shard["records"]]
-  return ArrayRecordDataSource(full) if full else None, sum(shard["records"] for shard in shards)
+  try:
+    return ArrayRecordDataSource(full) if full else None, sum(shard["records"] for shard in shards)
+  except (RuntimeError, ValueError) as error:
+    raise BadInput(f"{folder}: a shard is damaged ({' '.join(str(error).split())[:300]}): copy the folder again, or "
+                   "make it anew.") from error
 
 
 def read(source: ArrayRecordDataSource, number: int) -> bytes:
