@@ -40,8 +40,8 @@ def test_the_batch_is_the_largest_that_fits_and_divides(devices, bucket, tokens,
 
 
 @pytest.mark.parametrize(("changes", "words"), [
-  ({"data__tokens": 8 * CLIP - 1}, "the smallest batch, 8 clips as data x fsdp x micro_batches ask, is 960 tokens, and "
-                                   "data.tokens is 959: .* as 5x16x24/2 says"),
+  ({"data__tokens": 8 * CLIP - 1}, "the smallest batch, 8 clips as replica x data x fsdp x micro_batches ask, is 960 "
+                                   "tokens, and data.tokens is 959: .* as 5x16x24/2 says"),
   ({}, "has no batch: write ...@BATCH, as in 9x32x48@16, or give --config.data.tokens"),
   ({"data__tokens": 10**6, "data__packed": 2}, "data.packed is 2 and records hold clips"),
   ({"data__tokens": 10**6, "data__packed": 2, "data__encoded": True, "model__mask": "window:2+globals:2"},
