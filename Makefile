@@ -9,7 +9,7 @@ OUT ?= out/quickstart
 help:
 	@echo "make quickstart   draw cartoons, train a tiny model on 8 simulated devices, sample it; films in $(OUT)"
 	@echo "make test         all tests, on 8 simulated CPU devices"
-	@echo "make proof        every scheme x kernel x mask x split x length of attention, and rings compiled for real devices: over an hour on two cores"
+	@echo "make proof        every scheme x kernel x mask x split x length of attention, and more: over an hour on two cores"
 	@echo "make lint         ruff, and ShellCheck on the shell scripts"
 	@echo "make bench        speed against diffusers, bare decoding and no checkpoints"
 	@echo "make aot          what a 14B training step takes of 8 H200 or of TPUs, compiled without any of them; slow"

@@ -2,8 +2,8 @@
 # Trains on the nodes of a SLURM job, one process each: sbatch launch/slurm.sh, from the top of the repository. Edit the
 # machines and the three lines, or set them: RECORDS=/share/latents sbatch --nodes=4 launch/slurm.sh. 8, 16, 32 to
 # 256 devices will do, also when a run goes on: each clip of the recipes' batches of 8 is shared by an eighth of them.
-# Logs: slurm-JOB.log, beside you. Ten minutes before its time is over, or when it is preempted, it saves, goes back into the
-# queue, and goes on.
+# Logs: slurm-JOB.log, beside you. Ten minutes before its time is over, or when it is preempted, it saves, goes back
+# into the queue, and goes on.
 #SBATCH --job-name=anisora --nodes=2 --ntasks-per-node=1 --gpus-per-node=8 --exclusive --time=24:00:00
 #SBATCH --requeue --signal=TERM@600 --open-mode=append --output=slurm-%j.log
 set -euo pipefail

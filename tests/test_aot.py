@@ -216,7 +216,7 @@ def test_a_small_network_is_compiled_for_devices_that_are_not_here(target, kerne
   assert f"seq {seq} " in account["mesh"] and target in account["mesh"] and "620,560" in account["network"]
   assert "MiB: " in account["bucket"] and "MiB of its host's" in account["bucket"]
   assert account["fits"].startswith("yes: ")
-  if "collective-permute" in sends:  # so small a network has hardly any work between the last ones
+  if "collective-permute" in sends:  # measured: 13 of 14, and 3 of 4; in steps of 14B all hide, as `bench.aot` sees to
     hidden, every = map(int, re.search(r"(\d+) of (\d+) permutes hide", account["sends"]).groups())
     assert 0 < every <= hidden + 1
   assert all(kind in account["sends"] for kind in sends)
@@ -225,7 +225,6 @@ def test_a_small_network_is_compiled_for_devices_that_are_not_here(target, kerne
 RING = """
 import sys
 from anisora_jax.parallel import mesh, targets, traffic
-from anisora_jax.planning.arithmetic import products
 from anisora_jax.models.attention import PATTERNS
 target, kernel, pattern = sys.argv[1:]
 scheme, there = PATTERNS[pattern], mesh.build({"seq": 4}, devices=targets.devices(target))

@@ -340,6 +340,7 @@ def test_the_scripts_draw_and_pack_and_exit_with_2_on_bad_input(tmp_path):
   for name, flags, words in (("toons", ("--out", "films", *size, "--fps", "24"), "drawn with other settings (fps)"),
                              ("toons", ("--out", "x", "--width", "33"), "even number of pixels"),
                              ("toons", ("--film", "3"), "no flag is named --film: did you mean 'films'?"),
+                             ("toons", ("--zzz", "3"), "no flag is named --zzz: see --help."),
                              ("toons", ("many",), "unexpected words many"),
                              ("pack", ("--films", "nowhere"), "--out must have a value"),
                              ("pack", ("--films", "nowhere", "--out", "x"), "is not a folder"),

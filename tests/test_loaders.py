@@ -250,6 +250,10 @@ def test_hosts_know_by_a_number_whether_they_deal_the_same_records(folders, tmp_
                 for host, folder in enumerate([folders[0]] * 2))
   fewer = Batches(write_folder(tmp_path / "a", [clip_of("a")] * 3), "5x16x24@4", fps=12).dealt
   assert one == other != fewer
+  long, short = clip_of("long", frames=48), clip_of("short")  # as many, and others
+  there = [write_folder(tmp_path / name, clips, seconds=None) for name, clips in (("b", [long, short]),
+                                                                                  ("c", [short, long]))]
+  assert len({Batches(where, "17x16x24@1", fps=12).dealt for where in there}) == 2
 
 
 def test_batches_of_another_size_do_not_go_on(folders):

@@ -153,7 +153,7 @@ def write_shards(folder: Path, split: str, parts: Sequence[tuple[Path, range]], 
   rows = []
   for shard, chosen in enumerate(np.array_split(np.arange(len(where)), shards)):
     name = f"{split}-{shard:05}-of-{shards:05}.arrayrecord"
-    rows.append(write_clips(folder / name, (sources[where[k][0]][where[k][1]] for k in chosen)))
+    rows.append(write_clips(folder / name, [sources[where[k][0]][where[k][1]] for k in chosen]))
   return rows
 
 
