@@ -254,6 +254,21 @@ def test_what_a_ring_sends_hides_behind_its_kernels(target, kernel, pattern):
   assert told[1] - told[0] <= 4 and told[0] > default[0], (told, default)
 
 
+GATHERED, HOPS = {"all-gather": traffic.Sent(9, 9e9)}, {"collective-permute": traffic.Sent(9, 9e9)}
+
+
+@pytest.mark.parametrize(("attention", "gib", "apart", "sent", "hidden", "said"), [
+  ("ring", 50, 0.09, GATHERED | HOPS | {"reduce-scatter": traffic.Sent(1, 1)}, (8, 8), []),
+  ("ring", 200, -0.11, None, (0, 0), ["it does not fit", "the formula is -11.0% off"]),
+  ("ring", 50, 0, GATHERED, (0, 0), ["no collective-permute is sent"]),
+  ("hybrid", 50, 0, GATHERED | HOPS, (0, 8), ["no all-to-all is sent", "collective-permutes are sent"]),
+  ("ring_both", 50, 0, GATHERED | HOPS, (7, 8), ["not every transfer of the ring hides behind a kernel"])])
+def test_a_table_of_steps_tells_which_are_not_as_meant(attention, gib, apart, sent, hidden, said):
+  from bench import aot  # it defines flags
+  row = aot.Row("h200:8", "full", "81x720x1280@1/8", 8, "attention", attention)
+  assert aot.wrong(row, gib * 2**30, apart, sent, hidden) == said
+
+
 @pytest.mark.parametrize(("text", "beside"), [
   ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (3.00G) exceeds", 3),
   ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 4.00G of 2.00G hbm.", 3)])
