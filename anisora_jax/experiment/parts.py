@@ -206,10 +206,7 @@ def abstract_params(parts: Parts, kept: bool = False) -> PyTree:
 
   kept: parameters that are not trained, whose large kernels may be of the dtype in which they are used anyway.
   """
-  f, h, w = parts.latent_shape(parts.buckets[0])
-  b = meshes.batch_shards(parts.mesh)
-  x = jnp.zeros((b, f, h, w, parts.size.channels))
-  shapes = jax.eval_shape(partial(init, parts), x)
+  shapes = jax.eval_shape(partial(init, parts))
   rules = [*wan_placement.RULES, *(wan_placement.IMAGE_RULES if parts.size.image_width else [])]
   placed = placement.shardings(rules, shapes, parts.mesh)
 
@@ -244,12 +241,19 @@ def begin(parts: Parts, base: PyTree) -> PyTree:
   return lora.begin(parts.lora, base, keys.key(parts.method.seed, 0, "init"))
 
 
-def init(parts: Parts, x) -> PyTree:
-  b, f, h, w, _ = x.shape
-  given = jnp.zeros((b, f, h, w, parts.size.given)) if parts.size.given else None
-  image = jnp.zeros((b, parts.size.image_positions or 1, parts.size.image_width)) if parts.size.image_width else None
-  text = jnp.zeros((b, parts.size.text_tokens, parts.size.text_width))
-  return parts.network.init(keys.key(parts.method.seed, 0, "init"), x, jnp.zeros((b, f)), text, given, image)["params"]
+def init(parts: Parts) -> PyTree:
+  """Parameters to start from; the seed and the network tell them, not the mesh."""
+  return _initial(parts.network, keys.key(parts.method.seed, 0, "init"))
+
+
+@partial(jax.jit, static_argnums=0)  # traced once, not each time that someone asks for shapes
+def _initial(network: WanDiT, key: jax.Array) -> PyTree:
+  size, b = network.size, meshes.batch_shards(network.mesh)
+  x = jnp.zeros((b, 1, size.patch, size.patch, size.channels))
+  given = jnp.zeros((*x.shape[:-1], size.given)) if size.given else None
+  image = jnp.zeros((b, size.image_positions or 1, size.image_width)) if size.image_width else None
+  return network.init(key, x, jnp.zeros((b, 1)), jnp.zeros((b, size.text_tokens, size.text_width)), given,
+                      image)["params"]
 
 
 def loader(parts: Parts, config: ConfigDict, split: str, buckets: tuple[Bucket, ...] | None = None,

@@ -71,11 +71,11 @@ def abstract_batch(parts: Parts, bucket: Bucket) -> dict[str, jax.ShapeDtypeStru
           "stop": jax.ShapeDtypeStruct((parts.mesh.size,), np.int32, sharding=everywhere)}
 
 
-def _state(parts: Parts, chain, base: PyTree | None, x) -> state.TrainState:
+def _state(parts: Parts, chain, base: PyTree | None) -> state.TrainState:
   """base: parameters to start from, or to adapt."""
   if parts.lora:
     return state.create(begin(parts, base), chain)
-  return state.create(init(parts, x) if base is None else base, chain)
+  return state.create(init(parts) if base is None else base, chain)
 
 
 def training_state(parts: Parts, chain) -> tuple[PyTree, Callable[[PyTree | None], state.TrainState]]:
@@ -84,16 +84,14 @@ def training_state(parts: Parts, chain) -> tuple[PyTree, Callable[[PyTree | None
   No device ever holds a whole parameter of it.
   """
   params = abstract_trained(parts)
-  f, h, w = parts.latent_shape(parts.buckets[0])
-  x = jnp.zeros((meshes.batch_shards(parts.mesh), f, h, w, parts.size.channels))
   make = partial(_state, parts, chain)
-  shapes = jax.eval_shape(make, abstract_params(parts) if parts.lora else None, x)
+  shapes = jax.eval_shape(make, abstract_params(parts) if parts.lora else None)
   placed = placement.like(shapes, params, jax.tree.map(lambda leaf: leaf.sharding, params), parts.mesh)
   if parts.offload:
     placed = placed.replace(**{part: offload.on_host(getattr(shapes, part), getattr(placed, part))
                                for part in ("opt", "ema")})
   abstract = jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), shapes, placed)
-  return abstract, lambda base: jax.jit(make, out_shardings=placed)(base, x)
+  return abstract, lambda base: jax.jit(make, out_shardings=placed)(base)
 
 
 def compiled_step(parts: Parts, chain, abstract: PyTree):
