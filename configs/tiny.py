@@ -14,10 +14,11 @@ def get_config() -> ConfigDict:
   config.codec.scale = 4.0
   config.times.shift = 4.0
   config.sample.shift = 4.0
-  config.data.buckets = "9x24x36@16"
+  config.data.buckets = "9x24x36@8"
   config.train.steps = 120
   config.train.held_out = 30
   config.train.checkpoint = 30
+  config.optimizer.rate = 3e-3
   config.optimizer.warmup = 20
   config.optimizer.ema = 0.98
   config.sample.steps = 8

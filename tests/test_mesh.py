@@ -32,6 +32,9 @@ SIZE = Size(layers=2, width=64, heads=8, mlp=96, channels=4, given=5, text_width
 BATCH, FRAMES = 8, 2
 MESHES = [shape for shape in product((1, 2, 4, 8), (1, 2, 4, 8), (1,), (1, 2, 4, 8), (1, 2, 4, 8))
           if np.prod(shape) == 8]
+# Each pair of axes once; `make proof` also runs those in which two axes have exchanged their sizes.
+FIRST = [(8, 1, 1, 1, 1), (1, 8, 1, 1, 1), (1, 1, 1, 8, 1), (1, 1, 1, 1, 8), (2, 4, 1, 1, 1), (2, 1, 1, 4, 1),
+         (1, 4, 1, 2, 1), (4, 1, 1, 1, 2), (1, 2, 1, 1, 4), (1, 1, 1, 4, 2), (2, 2, 1, 1, 2), (2, 1, 1, 2, 2)]
 LONG = [(1, 1, 8, 1, 1), (1, 1, 2, 4, 1), (1, 1, 4, 1, 2), (1, 2, 2, 2, 1), (2, 1, 2, 1, 2)]  # frames split too
 # Tokens of a frame: 16 divide; 15 leave one padding token; 9 on 8 devices leave three devices with padding alone.
 GRIDS = {16: (8, 8), 15: (6, 10), 9: (6, 6)}
@@ -115,7 +118,8 @@ def assert_true(result, truth):
   assert max(jax.tree.leaves(worst)) < 1e-4, worst
 
 
-@pytest.mark.parametrize("shape", MESHES + LONG, ids=str)
+@pytest.mark.parametrize("shape", [
+  *(pytest.param(shape, marks=() if shape in FIRST else pytest.mark.product) for shape in MESHES), *LONG], ids=str)
 def test_loss_and_every_gradient_equal_one_device(shape, params, truth):
   n = TOKENS[shape[3]]
   assert_true(run(compiled(on_mesh(shape), params, batch_of(n)), params, batch_of(n)), truth[n])
@@ -133,7 +137,7 @@ def test_loss_and_every_gradient_equal_one_device_by_others(pattern, kernel, sha
 
 
 def test_all_factorisations_of_eight_devices_are_run():
-  assert len(set(MESHES)) == 20 and all(np.prod(shape) == 8 for shape in MESHES)
+  assert len(set(MESHES)) == 20 and all(np.prod(shape) == 8 for shape in MESHES) and set(FIRST) < set(MESHES)
 
 
 class Two(nn.Module):
