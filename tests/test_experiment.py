@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from diffusers import WanTransformer3DModel
-from drawn import packed
+from drawn import FEW, packed
 from ml_collections import ConfigDict
 from overtake import overtaking
 from peft import PeftModel
@@ -37,8 +37,6 @@ from configs import base, tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 MESH = ("--cpu_devices=8", "--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.seq=2")
-# A step that draws of two tasks compiles in two thirds of the time.
-FEW = tuple(f"--config.tasks.{name}=0" for name in tiny.get_config().tasks if name not in ("none", "first"))
 
 
 @pytest.fixture(scope="session")
