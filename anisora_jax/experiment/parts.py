@@ -248,7 +248,7 @@ def init(parts: Parts) -> PyTree:
 
 @partial(jax.jit, static_argnums=0)  # traced once, not each time that someone asks for shapes
 def _initial(network: WanDiT, key: jax.Array) -> PyTree:
-  size, b = network.size, meshes.batch_shards(network.mesh)
+  size, b = network.size, meshes.batch_shards(network.mesh)  # the least batch that the mesh divides
   x = jnp.zeros((b, 1, size.patch, size.patch, size.channels))
   given = jnp.zeros((*x.shape[:-1], size.given)) if size.given else None
   image = jnp.zeros((b, size.image_positions or 1, size.image_width)) if size.image_width else None
