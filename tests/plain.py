@@ -11,15 +11,14 @@ import numpy as np
 def softmax(q, k, v, do, ids, frames) -> list[np.ndarray]:
   """Output and gradients, [b, l, a, k]. ids: [b, f, n], those of equal number meet. frames: [f, f], who sees whom."""
   n = ids.shape[2]
-  q, k, v, do = (x.astype(np.float64).reshape(len(x), -1, *x.shape[-2:]) for x in (q, k, v, do))
+  q, k, v, do = (x.astype(np.float64).reshape(len(x), -1, *x.shape[-2:]).swapaxes(1, 2) for x in (q, k, v, do))
   ids, scale = ids.reshape(len(ids), -1), 1 / np.sqrt(q.shape[-1])
   seen = (ids[:, :, None] == ids[:, None]) & (ids >= 0)[:, None] & frames.repeat(n, 0).repeat(n, 1)
-  weights = np.where(seen[:, None], np.exp(np.einsum("blak,bsak->bals", q, k) * scale), 0.0)
+  weights = np.where(seen[:, None], np.exp(q @ k.mT * scale), 0.0)
   weights /= np.maximum(weights.sum(-1, keepdims=True), 1e-30)
-  o, slope = np.einsum("bals,bsak->blak", weights, v), np.einsum("blak,bsak->bals", do, v)
+  slope = do @ v.mT
   dlogits = weights * (slope - np.sum(weights * slope, -1, keepdims=True)) * scale
-  return [o, np.einsum("bals,bsak->blak", dlogits, k), np.einsum("bals,blak->bsak", dlogits, q),
-          np.einsum("bals,blak->bsak", weights, do)]
+  return [x.swapaxes(1, 2) for x in (weights @ v, dlogits @ k, dlogits.mT @ q, weights.mT @ do)]
 
 
 def inner(equation) -> list:

@@ -264,7 +264,8 @@ def test_the_entry_point_goes_on_after_a_kill_and_what_it_made_trains(records, t
   run = partial(subprocess.run, cwd=ROOT, capture_output=True, text=True, timeout=300)
   command = [sys.executable, "-m", "anisora_jax.encode", "--config=configs/tiny.py", "--cpu_devices=2",
              f"--config.data.records={records}", "--config.data.buckets=9x32x48@8", f"--out={tmp_path / 'latents'}"]
-  assert all(word in run([*command, "--help"]).stdout for word in ("--batch", "--out", "goes on"))
+  explained = run([*command, "--help"]).stdout
+  assert all(word in explained for word in ("--batch", "--out", "goes on"))
   killed = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
   while killed.poll() is None and not (tmp_path / "latents" / encode.SETTINGS).exists():
     time.sleep(0.02)

@@ -499,7 +499,8 @@ def test_help_explains_and_a_dry_run_says_what_a_step_takes(environment):
     return subprocess.run([sys.executable, "-m", "anisora_jax.train", *words], cwd=ROOT, env=environment,
                           capture_output=True, text=True, check=True).stdout
 
-  assert all(word in said("--help") for word in ("--config", "--workdir", "--dry_run", "configs/base.py"))
+  explained = said("--help")
+  assert all(word in explained for word in ("--config", "--workdir", "--dry_run", "configs/base.py"))
   account = said("--config=configs/tiny.py", "--config.data.buckets=5x16x24@8", "--dry_run", *FEW, *MESH)
   assert all(word in account for word in ("seq 2", "620,560", "5x16x24@8", "MiB", "FLOPs a step"))
 

@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from types import SimpleNamespace
 
@@ -105,6 +105,12 @@ def truth(params):
     return {n: run(compiled(mesh.build(), params, batch_of(n), **options), params, batch_of(n)) for n in GRIDS}
 
 
+@pytest.fixture(scope="module")
+def built(params):
+  """Mesh -> the step compiled for it, once."""
+  return cache(lambda shape: compiled(on_mesh(shape), params, batch_of(TOKENS[shape[3]])))
+
+
 def count_talk(step) -> Counter:
   """How many collectives of each kind stand in a compiled program."""
   return Counter(re.findall(r" (all-reduce|all-gather|collective-permute|reduce-scatter|all-to-all)(?:-start)?\(",
@@ -120,9 +126,9 @@ def assert_true(result, truth):
 
 @pytest.mark.parametrize("shape", [
   *(pytest.param(shape, marks=() if shape in FIRST else pytest.mark.product) for shape in MESHES), *LONG], ids=str)
-def test_loss_and_every_gradient_equal_one_device(shape, params, truth):
+def test_loss_and_every_gradient_equal_one_device(shape, params, built, truth):
   n = TOKENS[shape[3]]
-  assert_true(run(compiled(on_mesh(shape), params, batch_of(n)), params, batch_of(n)), truth[n])
+  assert_true(run(built(shape), params, batch_of(n)), truth[n])
 
 
 @pytest.mark.parametrize(("pattern", "kernel", "shape"), [
@@ -216,7 +222,7 @@ def test_moments_and_averages_live_with_their_parameters(params):
 
 
 @pytest.mark.parametrize("seq", [1, 2, 4, 8])
-def test_the_same_parameters_serve_every_grouping_of_the_devices(seq, params, truth):
+def test_the_same_parameters_serve_every_grouping_of_the_devices(seq, params, built, truth):
   """Parameters go in and gradients come out as they lie for the whole mesh, and no more is gathered or sent for it."""
   base, n = on_mesh((1, 4, 1, 2, 1)), TOKENS[seq]
   on = mesh.view(base, seq)
@@ -228,8 +234,7 @@ def test_the_same_parameters_serve_every_grouping_of_the_devices(seq, params, tr
   made, batch = compiled(on, params, batch_of(n)), batch_of(n)
   given = jax.device_put(params, placed), jax.device_put(batch, made.input_shardings[0][1])
   assert_true(made(*given), truth[n])
-  same = compiled(on_mesh((1, 8 // seq, 1, seq, 1)), params, batch)  # built so from the start
-  assert count_talk(made) == count_talk(same)
+  assert count_talk(made) == count_talk(built((1, 8 // seq, 1, seq, 1)))  # so from the start
 
 
 def test_replicas_send_each_other_sums_of_shares():

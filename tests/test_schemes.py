@@ -33,25 +33,28 @@ TOKENS_SPLIT = [(pattern, 1, seq) for seq in (2, 4, 8) for pattern in SHARED
 FRAMES_SPLIT = [("ring", 2, 1), ("ulysses", 2, 1), ("ring", 4, 1), ("ring_both", 2, 2), ("ulysses", 2, 2),
                 ("hybrid", 4, 1), ("ring", 4, 2), ("ring_both", 8, 1), ("ulysses", 2, 4), ("hybrid", 4, 2)]
 SPLITS = TOKENS_SPLIT + FRAMES_SPLIT
+GROUPS = (30, 32), (33,), (57,)  # lengths of clips that come together
 DEALT = [rule for rule in SEEN if rule.packed]  # padding alone is a part of each of them
 
 
-def cases(pattern: str, clip: int, seq: int, kernel: str) -> list:
-  """Last comes a clip that divides, without any mask.
+def rules(pattern: str, clip: int, seq: int, kernel: str) -> list[Rule]:
+  """One for each group of lengths: dealt out, so that all come with every scheme and kernel."""
+  splits = TOKENS_SPLIT if kernel == "dense" else FRAMES_SPLIT
+  first = len(GROUPS) * [split for split in splits if split[0] == pattern].index((pattern, clip, seq))
+  return [DEALT[(first + at) % len(DEALT)] for at in range(len(GROUPS))]
 
-  Rules are dealt out, so that all come with every scheme and kernel, with padding and segments.
-  """
-  groups, splits = ((30, 32), (33,), (57,)), TOKENS_SPLIT if kernel == "dense" else FRAMES_SPLIT
-  first = len(groups) * [split for split in splits if split[0] == pattern].index((pattern, clip, seq))
-  masked = [case(HEADS[pattern], clip, lengths[-1] + -lengths[-1] % seq, lengths, DEALT[(first + at) % len(DEALT)])
-            for at, lengths in enumerate(groups)]
+
+def cases(pattern: str, clip: int, seq: int, kernel: str) -> list:
+  """All with padding and segments; last comes a clip that divides, without any mask."""
+  masked = [case(HEADS[pattern], clip, lengths[-1] + -lengths[-1] % seq, lengths, rule)
+            for lengths, rule in zip(GROUPS, rules(pattern, clip, seq, kernel), strict=True)]
   return [*masked, case(HEADS[pattern], clip, 32, (32,), None)]
 
 
 def test_every_rule_comes_with_every_scheme_and_kernel():
   for pattern in SHARED:
     for kernel, splits in (("dense", TOKENS_SPLIT), ("blockwise", FRAMES_SPLIT)):
-      dealt = {rule for name, *split in splits if name == pattern for _, _, rule, _ in cases(name, *split, kernel)}
+      dealt = {rule for name, *split in splits if name == pattern for rule in rules(name, *split, kernel)}
       assert dealt == set(DEALT), (pattern, kernel)
   assert {(clip, seq) for _, clip, seq in SPLITS} == {(clip, seq) for clip in (1, 2, 4, 8) for seq in (1, 2, 4, 8)
                                                      if 1 < clip * seq <= 8}
