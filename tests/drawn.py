@@ -8,7 +8,8 @@ import toons
 from configs import tiny
 
 # A step that draws of two tasks compiles in two thirds of the time; one of them reads all that records hold.
-FEW = tuple(f"--config.tasks.{name}=0" for name in tiny.get_config().tasks if name not in ("first", "character"))
+FEW_TASKS = {name: 0.0 for name in tiny.get_config().tasks if name not in ("first", "character")}
+FEW = tuple(f"--config.tasks.{name}=0" for name in FEW_TASKS)
 
 
 def packed(folder: Path, count: int = 3, seconds: float = 6, clip_seconds: float = 1.0) -> Path:

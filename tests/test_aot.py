@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from drawn import FEW
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
@@ -210,7 +211,7 @@ def test_a_small_network_is_compiled_for_devices_that_are_not_here(target, kerne
     pytest.skip(f"what compiles for {target} is not installed: {command}")
   done = cli("--dry_run", f"--target={target}", "--config.data.buckets=5x32x32@8", f"--config.mesh.seq={seq}",
              "--config.model.attention=ring", f"--config.model.kernel={kernel}", "--config.model.dtype=bfloat16",
-             "--config.model.remat=offload")
+             "--config.model.remat=offload", *FEW)
   account = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
   assert f"seq {seq} " in account["mesh"] and target in account["mesh"] and "620,560" in account["network"]
   assert "MiB: " in account["bucket"] and "MiB of its host's" in account["bucket"]

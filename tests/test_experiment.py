@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from diffusers import WanTransformer3DModel
-from drawn import FEW, packed
+from drawn import FEW, FEW_TASKS, packed
 from ml_collections import ConfigDict
 from overtake import overtaking
 from peft import PeftModel
@@ -508,8 +508,8 @@ def test_help_explains_and_a_dry_run_says_what_a_step_takes(environment):
 @pytest.mark.parametrize("sizes", [(2, 2, 2, 1), (2, 2, 1, 2), (1, 4, 2, 1)], ids=str)
 def test_no_collective_of_a_step_can_overtake_those_of_a_loop(sizes):
   """Or simulated devices may meet them in another order and wait for each other forever."""
-  axes = {f"mesh__{axis}": size for axis, size in zip(("data", "fsdp", "seq", "tensor"), sizes, strict=True)}
-  config = settings("", data__buckets="5x16x24@8", **axes)
+  config = settings("", data__buckets="5x16x24@8")
+  config.update({"mesh": dict(zip(("data", "fsdp", "seq", "tensor"), sizes, strict=True)), "tasks": FEW_TASKS})
   made = parts.assemble(config)
   chain, _ = optimizer.build(made.optimizer, parts.abstract_trained(made))
   state, _ = train.training_state(made, chain)

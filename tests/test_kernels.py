@@ -4,7 +4,7 @@ The witness is torch in f64. Pallas's kernel runs interpreted, NVIDIA's call is 
 """
 
 import re
-from functools import partial
+from functools import cache, partial
 from itertools import product
 
 import jax
@@ -226,6 +226,7 @@ def test_memory_grows_with_the_length_and_not_with_its_square(rule, monkeypatch)
   """Temporary memory of the gradients of a stack of layers, when a tile is small beside the clip."""
   monkeypatch.setitem(kernels.LOGITS, "cpu", 1)
 
+  @cache
   def memory(name, l):
     array, ids = jax.ShapeDtypeStruct((1, l, 2, 8), jnp.float32), jnp.arange(l)[None] // 128
     ids = None if rule is None else (Marks(jnp.zeros_like(ids), ids if rule else None, rule),) * 2

@@ -7,6 +7,7 @@ from unittest.mock import patch
 import jax
 import jax.numpy as jnp
 import pytest
+from drawn import FEW_TASKS
 
 from anisora_jax.experiment import parts, train
 from anisora_jax.models.remat import REMAT
@@ -48,7 +49,7 @@ def training(fsdp: int = 2, clip: int = 1, rest: int = 2, bucket: str = "3x8x16@
   """rest: of seq and of tensor."""
   config = tiny.get_config()
   config.update({"mesh": {"fsdp": fsdp, "clip": clip, "seq": rest, "tensor": rest}, "data": {"buckets": bucket},
-                 "model": {"size": "mite", **model}})
+                 "model": {"size": "mite", **model}, "tasks": FEW_TASKS})
   with patch.dict(SIZES, mite=replace(SIZE, layers=2, channels=12, given=13, text_width=64)):
     return parts.assemble(config, fsdp * clip * rest * rest), config
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from drawn import FEW_TASKS
 
 from anisora_jax.checkpoints.orbax import Checkpoints
 from anisora_jax.errors import BadInput
@@ -74,7 +75,8 @@ class Training:
   def __init__(self, **optimizer_fields):
     self.config = tiny.get_config()
     self.config.model.size = "mite"
-    self.config.update({"mesh": {"fsdp": 4, "seq": 2}, "data": {"buckets": "3x8x16@8"}, "optimizer": optimizer_fields})
+    self.config.update({"mesh": {"fsdp": 4, "seq": 2}, "data": {"buckets": "3x8x16@8"}, "tasks": FEW_TASKS,
+                        "optimizer": optimizer_fields})
     with patch.dict(SIZES, mite=replace(SIZE, channels=12, given=13, text_width=64)):
       self.parts = parts.assemble(self.config)
     chain, _ = optimizer.build(self.parts.optimizer, parts.abstract_trained(self.parts))

@@ -343,8 +343,9 @@ def test_noise_and_times_of_a_clip_are_those_of_a_draw_of_its_length(pattern):
 
 def test_the_held_out_loss_of_rows_is_that_of_their_clips(folder):
   method, batch = replace(method_of(meshes.build()), drop_text=0.0), packed_batch(folder)
-  together = jax.jit(step.make_held_out(method))(parameters(), batch, 1)
+  measure = jax.jit(step.make_held_out(method))
+  together = measure(parameters(), batch, 1)
   assert together.shape == (step.BINS,) and np.isfinite(together).all()
   full = {**batch, "segment": np.where(batch["segment"] == 1, -1, batch["segment"])}  # without the second clips
-  fewer = jax.jit(step.make_held_out(method))(parameters(), full, 1)
+  fewer = measure(parameters(), full, 1)
   assert (fewer != together).all()
