@@ -34,7 +34,7 @@ test: .venv/test
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 proof: .venv/test
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m product $(addprefix tests/test_,product.py schemes.py mesh.py aot.py)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m product $(addprefix tests/test_,product.py schemes.py mesh.py aot.py experiment.py)
 
 lint: .venv/test
 	$(BIN)/ruff check .

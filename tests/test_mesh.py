@@ -32,9 +32,9 @@ SIZE = Size(layers=2, width=64, heads=8, mlp=96, channels=4, given=5, text_width
 BATCH, FRAMES = 8, 2
 MESHES = [shape for shape in product((1, 2, 4, 8), (1, 2, 4, 8), (1,), (1, 2, 4, 8), (1, 2, 4, 8))
           if np.prod(shape) == 8]
-# Each pair of axes once; `make proof` also runs those in which two axes have exchanged their sizes.
-FIRST = [(8, 1, 1, 1, 1), (1, 8, 1, 1, 1), (1, 1, 1, 8, 1), (1, 1, 1, 1, 8), (2, 4, 1, 1, 1), (2, 1, 1, 4, 1),
-         (1, 4, 1, 2, 1), (4, 1, 1, 1, 2), (1, 2, 1, 1, 4), (1, 1, 1, 4, 2), (2, 2, 1, 1, 2), (2, 1, 1, 2, 2)]
+# Each pair of axes once; `make proof` runs all.
+FIRST = [(1, 8, 1, 1, 1), (1, 1, 1, 8, 1), (1, 1, 1, 1, 8), (2, 4, 1, 1, 1), (2, 1, 1, 4, 1), (1, 4, 1, 2, 1),
+         (4, 1, 1, 1, 2), (1, 2, 1, 1, 4), (1, 1, 1, 4, 2)]
 LONG = [(1, 1, 8, 1, 1), (1, 1, 2, 4, 1), (1, 1, 4, 1, 2), (1, 2, 2, 2, 1), (2, 1, 2, 1, 2)]  # frames split too
 # Tokens of a frame: 16 divide; 15 leave one padding token; 9 on 8 devices leave three devices with padding alone.
 GRIDS = {16: (8, 8), 15: (6, 10), 9: (6, 6)}
