@@ -19,7 +19,6 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective
 BYTES = {"pred": 1, "bf16": 2} | {f"{kind}{8 * size}": size for kind in "suf" for size in (1, 2, 4, 8)}
 WORK = r"tpu_custom_call|__cudnn|__cublas| (?:dot|convolution)\("
 CALLS = r"(?:to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)"
-COUNTS = "|".join((*KINDS, "condition=", "to_apply=", "calls=", "computations?="))  # most instructions hold none
 
 
 class Sent(NamedTuple):
@@ -120,7 +119,7 @@ def sent(text: str) -> dict[str, Sent]:
       return known[name]
     known[name] = found = Counter()
     lines = parts.get(name, ())
-    for line in filter(re.compile(COUNTS).search, lines):
+    for line in lines:
       if (one := _sends(line)) and _starts(line, lines):
         kind, size = one
         if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
