@@ -51,9 +51,9 @@ class Child:
 
   def call(self, function: Callable, *arguments: Any) -> Any:
     """What `function(*arguments)` returns. Raises Lost, and BadInput where the function does."""
-    if self._process is None:
-      self._start()
     try:
+      if self._process is None:
+        self._start()
       self._line.send((function, arguments))
       if not self._line.poll(self._limits.seconds):
         self.close()
@@ -78,6 +78,7 @@ class Child:
        str(self._limits.gigabytes)], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=2,
       start_new_session=True, env={**os.environ, "PYTHONPATH": path})
     theirs.close()
+    self._line.recv()  # it is up: a film's seconds begin after
 
   def close(self) -> None:
     """Ends the process and whatever it started."""
@@ -119,6 +120,7 @@ def serve(line: Connection, seconds: float, gigabytes: float) -> None:
       _kill([*below(os.getpid()), os.getpid()])
 
   threading.Thread(target=listen, daemon=True).start()
+  line.send("ready")
   while True:
     function, arguments = calls.get()
     # The kernel's own clock, should the parent die while C code keeps the thread above from running.
