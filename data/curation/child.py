@@ -33,7 +33,7 @@ class Lost(Exception):
 
 @dataclass(frozen=True)
 class Limits:
-  """seconds: for one film in one go. gigabytes: of address space; 0 sets no limit."""
+  """seconds: for one call. gigabytes: of address space; 0 sets no limit."""
   seconds: float
   gigabytes: float
 
@@ -108,7 +108,9 @@ def _kill(processes: list[int]) -> None:
 def serve(line: Connection, seconds: float, gigabytes: float) -> None:
   """The child's side: does one call after another until the parent is gone."""
   if gigabytes:
-    resource.setrlimit(resource.RLIMIT_AS, (int(gigabytes * 2**30),) * 2)
+    bounds, hard = int(gigabytes * 2**30), resource.getrlimit(resource.RLIMIT_AS)[1]
+    # Only the soft one: a program of the user's is let go of it, see provider.py.
+    resource.setrlimit(resource.RLIMIT_AS, (bounds if hard == resource.RLIM_INFINITY else min(bounds, hard), hard))
   cv2.setNumThreads(1)  # films are read side by side already
   calls: queue.SimpleQueue = queue.SimpleQueue()
 
