@@ -8,8 +8,9 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
   config = ConfigDict()
-  config.limits = ConfigDict({  # of the process that reads one film
-    "seconds": 7200.0,        # a film that takes longer is turned away: many times what two hours of film take
+  config.limits = ConfigDict({  # of the process that reads films
+    "seconds": 86400.0,       # a film that is analysed longer, or a clip made longer, is turned away: two hours of
+                              # noisy 1080p take a core eight
     "gigabytes": 16.0,        # of address space, so that no film takes the machine's memory; 0: no limit
   })
   config.probe = ConfigDict({

@@ -307,6 +307,40 @@ def test_a_film_that_takes_too_long_is_turned_away_once_and_tried_again_when_ask
   assert all(path.stat().st_mtime_ns > changed for path, changed in verdicts.items())
 
 
+def test_captions_follow_the_shot_and_a_provider_that_failed_is_asked_again(films, tmp_path, capsys):
+  answers, out = tmp_path / "answers", tmp_path / "out"
+  program = (f"import os, sys; os.path.exists({str(answers)!r}) or sys.exit('no model here'); "
+             "print('{\"caption\": \"A cat.\"}')")
+  asked = {"describe__providers": ("command", "template"), "describe__command": (sys.executable, "-c", program),
+           "describe__suffixes": (), "cut__shortest": 1.}
+
+  def captions(**changes) -> dict[float, str]:
+    curate(films / "film-0.mp4", out, **asked, **changes)
+    return {round(clip.frames / clip.fps, 1): clip.caption for clip in all_clips(out)}
+
+  for longest in (20., 2.1):
+    made = captions(cut__longest=longest)
+    assert all(f"a shot of {seconds} seconds" in caption.lower() for seconds, caption in made.items()), made
+  assert "captions by template" in (said := capsys.readouterr().out) and "the same command asks it again" in said
+  assert all("no model here" in row["facts"]["caption_failed"] for row in table(out / "clips.jsonl"))
+  answers.touch()
+  assert set(captions(cut__longest=2.1).values()) == {"A cat."}
+  captions(cut__longest=2.1)
+  assert "is complete already" in capsys.readouterr().out
+
+
+def test_a_clip_that_crashes_is_turned_away_alone(films, curated, tmp_path):
+  first = next(row["id"] for row in table(curated / "clips.jsonl") if row["film"] == "film-0.mp4")
+  program = (f"import json, os, sys; {first!r} == json.load(sys.stdin)['id'] and os.kill(os.getppid(), 9); "
+             "print('{\"caption\": \"A cat.\"}')")
+  out = curate(films / "film-0.mp4", tmp_path / "out", describe__providers=("command",),
+               describe__command=(sys.executable, "-c", program))
+  lost = [(row["what"], row["reason"], row["detail"]) for row in table(out / "rejected.jsonl")]
+  assert lost == [(first, "crashed", "the process that read it ended with SIGKILL")]
+  assert {row["id"] for row in table(out / "clips.jsonl")} == {
+    row["id"] for row in table(curated / "clips.jsonl") if row["film"] == "film-0.mp4"} - {first}
+
+
 @pytest.mark.parametrize(("call", "reason", "detail"), [
   ((time.sleep, 60), "timed_out", "longer than 2 s"), ((os.abort,), "crashed", "SIGABRT"),
   ((os._exit, 3), "crashed", "status 3"), ((int, "x"), "failed", "ValueError"),

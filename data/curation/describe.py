@@ -37,17 +37,22 @@ SUFFIXES = {       # what a caption may end in -> how it looks there, so that no
 
 
 class NoCaption(Exception):
-  """A provider gave no caption. args: reason, a word for the funnel; detail for people."""
+  """A provider gave no caption. reason: a word for the funnel. detail: for people. again: it may give one later."""
+
+  def __init__(self, reason: str, detail: str, again: bool = False):
+    super().__init__(reason, detail)
+    self.reason, self.detail, self.again = reason, detail, again
 
 
 @dataclass(frozen=True)
 class Caption:
   """text: with the scores; "" where no provider gave one. by: the provider. reason, detail: why there is none, or what
-  failed before one gave it."""
+  failed before one gave it. again: one of those that failed may do better in another run."""
   text: str
   by: str = ""
   reason: str = ""
   detail: str = ""
+  again: bool = False
 
 
 @dataclass(frozen=True)
@@ -141,7 +146,7 @@ def _number(value: Any) -> float | None:
 def describe(film: Film, candidate: Candidate, settings: Settings) -> Caption:
   """The caption of a shot with its scores. Raises BadInput where the settings cannot work for any clip."""
   written, missing = scores(candidate, settings)
-  failed = []
+  failed, again = [], False
   for name in settings.providers:
     try:
       text = PROVIDERS[name](film, candidate, settings)
@@ -151,10 +156,11 @@ def describe(film: Film, candidate: Candidate, settings: Settings) -> Caption:
       if not text:
         raise NoCaption("empty", "no word in it")
     except NoCaption as failure:
-      failed.append((f"{name}_{failure.args[0]}", failure.args[1]))
+      failed.append((f"{name}_{failure.reason}", failure.detail))
+      again |= failure.again
       continue
-    return Caption(" ".join([text, *written.values()]), name, detail=_told(failed, missing))
-  return Caption("", reason=failed[-1][0] if failed else "no_provider", detail=_told(failed, missing))
+    return Caption(" ".join([text, *written.values()]), name, detail=_told(failed, missing), again=again)
+  return Caption("", reason=failed[-1][0] if failed else "no_provider", detail=_told(failed, missing), again=again)
 
 
 def _told(failed: list[tuple[str, str]], missing: str) -> str:
@@ -231,7 +237,7 @@ def endpoint(film: Film, candidate: Candidate, settings: Settings) -> str:
   try:
     return chat.tell(shown(film, candidate.shot, settings), lambda text, pictures: chat.ask(address, text, pictures))
   except chat.NoAnswer as failure:
-    raise NoCaption(*failure.args[:2]) from None
+    raise NoCaption(*failure.args) from None
 
 
 def command(film: Film, candidate: Candidate, settings: Settings) -> str:
@@ -254,7 +260,7 @@ def command(film: Film, candidate: Candidate, settings: Settings) -> str:
         "film": film.name, "id": shot.id, "start": shot.start, "stop": shot.stop, "fps": candidate.fps,
         "measures": candidate.measures, "pictures": told}, settings.seconds)
     except provider.Failed as failure:
-      raise NoCaption("failed", str(failure)) from None
+      raise NoCaption("failed", str(failure), True) from None
   if not isinstance(answer.get("caption"), str):
     raise NoCaption("junk", 'its answer has no "caption" that is a text')
   return answer["caption"]

@@ -139,21 +139,21 @@ def guarded(child: Child, source: Source, settings: Settings, folder: Path) -> F
   return found
 
 
-def finish(source: Source, film: Film, chosen: list[Candidate], settings: Settings, folder: Path) -> str:
-  """Captions and encodes the chosen shots of one film, those that are not done. The results are in the store.
+def finish(source: Source, film: Film, candidate: Candidate, settings: Settings, folder: Path) -> str:
+  """Captions and encodes a chosen shot, as far as that is not done. The results are in the store.
 
-  Returns why the film cannot be read any more, or "".
+  Returns why it cannot be read any more, or "".
   """
   store = Store(folder)
-  held, told = clips.Held(store, source, film, settings.clip), captions(source, film, settings, store)
-  for candidate in chosen:
-    if _untold(told, candidate):
-      told[candidate.shot.id] = asdict(describe.describe(film, candidate, settings.describe))
-      store.put("describe", source.key, Chain(source, settings).describe(film), told)
-    try:
-      held.make(candidate)
-    except video.Unreadable as error:
-      return str(error)
+  told = captions(source, film, settings, store)
+  if _untold(told, candidate):
+    caption = describe.describe(film, candidate, settings.describe)
+    told[candidate.shot.id] = asdict(caption) | {"of": _seen(candidate)}
+    store.put("describe", source.key, Chain(source, settings).describe(film), told)
+  try:
+    clips.Held(store, source, film, settings.clip).make(candidate)
+  except video.Unreadable as error:
+    return str(error)
   return ""
 
 
@@ -162,15 +162,21 @@ def captions(source: Source, film: Film, settings: Settings, store: Store) -> di
   return store.get("describe", source.key, Chain(source, settings).describe(film)) or {}
 
 
+def _seen(candidate: Candidate) -> str:
+  """What a caption was made from, besides the film."""
+  return digest(candidate.shot, candidate.measures)
+
+
 def _untold(told: dict[str, dict], candidate: Candidate) -> bool:
-  """Whether a shot is to be described: one that no provider had words for is, in every run."""
-  return not told.get(candidate.shot.id, {}).get("text")
+  """Whether a shot is to be described: in every run also one that a provider had no words for, or none just then."""
+  caption = told.get(candidate.shot.id, {})
+  return caption.get("of") != _seen(candidate) or not caption["text"] or caption["again"]
 
 
-def unfinished(source: Source, film: Film, chosen: list[Candidate], settings: Settings, store: Store) -> bool:
+def unfinished(source: Source, film: Film, candidate: Candidate, settings: Settings, store: Store) -> bool:
   """Whether `finish` has anything to do."""
-  held, told = clips.Held(store, source, film, settings.clip), captions(source, film, settings, store)
-  return any(_untold(told, c) or not held.path(c.shot).is_file() for c in chosen)
+  path = clips.Held(store, source, film, settings.clip).path(candidate.shot)
+  return not path.is_file() or _untold(captions(source, film, settings, store), candidate)
 
 
 def read_film(stored: dict, source: Source) -> Film:

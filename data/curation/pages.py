@@ -99,6 +99,7 @@ def _facts(found: Sequence[Source], selection: Selection, index: dict) -> dict[s
            "hours of clips": f"{about['hours']:.3g}"}
   facts |= {f"clips to {split.replace('_', ' ')}": f"{index['splits'][split]['records']:,}" for split in records.SPLITS}
   facts |= {"licences": ", ".join(f"{name} {count:,}" for name, count in about["licences"].items()),
+            "captions by": ", ".join(f"{name} {count:,}" for name, count in about["captions"]["by"].items()),
             "sizes": ", ".join(f"{name} ({count:,})" for name, count in list(about["sizes"].items())[:6])}
   if selection.choice:
     facts["passes over each clip"] = f"{selection.choice.repeats:.2f}"

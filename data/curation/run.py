@@ -13,7 +13,7 @@ from anisora_jax.errors import BadInput
 from anisora_jax.loaders import records, video
 from curation import clips, duplicates, film, keep, pages, pipeline, select, shards, sources
 from curation.child import Child, Lost
-from curation.items import Rejected, Source
+from curation.items import Candidate, Rejected, Source
 from curation.pipeline import Runner, Work
 from curation.progress import bar
 from curation.select import Selection
@@ -45,7 +45,8 @@ def curate(films: str, out: Path, settings: Settings, runner: Runner, retry: boo
     index = pack(out, entries, selection, settings, store, runner)
     pages.write(out, found, selection, (entries, index, funnel), settings, store, runner)
     land(out / records.INDEX, (json.dumps(index | {"funnel": funnel["stages"]}, indent=1) + "\n").encode())
-    store.put("done", "all", done, True)
+    if not any("caption_failed" in entry.candidate.facts for entry in entries):
+      store.put("done", "all", done, True)
   said(out, index, funnel["stages"])
 
 
@@ -72,35 +73,46 @@ def choose(found: Sequence[Source], settings: Settings, store: Store, runner: Ru
 
 
 def finish(child: Child, item: tuple, settings: film.Settings, store: Store) -> Iterator[None]:
-  """Beam's wrapper of `film.finish`. item: (source, film, chosen candidates)."""
+  """Beam's wrapper of `film.finish`, a call a clip: one that crashes or hangs costs only itself.
+
+  item: (source, film, chosen candidates).
+  """
   source, about, chosen = item
-  needs = lost_needs(item, settings)
-  if store.get("lost_clips", source.key, needs) is None and film.unfinished(*item, settings, store):
+  for candidate in chosen:
+    if lost(source, candidate, settings, store) or not film.unfinished(source, about, candidate, settings, store):
+      continue
     try:
-      damage = child.call(film.finish, source, about, chosen, settings, store.folder)
+      damage = child.call(film.finish, source, about, candidate, settings, store.folder)
       why = ("unreadable", damage) if damage else None
-    except Lost as lost:
-      why = lost.args
+    except Lost as failure:
+      why = failure.args
     if why:
-      store.put("lost_clips", source.key, needs, asdict(Rejected(source.name, source.name, "pack", *why)))
+      store.put("lost_clips", *_lost_at(source, candidate, settings),
+                asdict(Rejected(candidate.shot.id, source.name, "pack", *why)))
   yield from ()
 
 
-def lost_needs(item: tuple, settings: film.Settings) -> str:
-  source, _, chosen = item
+def _lost_at(source: Source, candidate: Candidate, settings: film.Settings) -> tuple[str, str]:
+  """Where the store keeps the verdict on a clip, and what it was made from."""
   beside = sources.beside_state(source, [*sources.WORDS, sources.MASKS])
-  return digest(source.state, beside, [candidate.shot for candidate in chosen], settings)
+  return f"{source.key}-{candidate.shot.start:06}", digest(source.state, beside, candidate.shot, settings)
+
+
+def lost(source: Source, candidate: Candidate, settings: film.Settings, store: Store) -> Rejected | None:
+  """The verdict on a clip that crashed, hung or could not be read."""
+  held = store.get("lost_clips", *_lost_at(source, candidate, settings))
+  return Rejected(**held) if held else None
 
 
 def make(found: Sequence[Source], selection: Selection, settings: Settings, store: Store, runner: Runner) -> None:
-  """Captions and encodes what was chosen; drops films on which that fails."""
+  """Captions and encodes what was chosen; drops clips on which that fails."""
   by_film = {name: list(group) for name, group in groupby(selection.chosen, lambda candidate: candidate.shot.film)}
   items = [(source, selection.films[source.name], by_film[source.name]) for source in found if source.name in by_film]
   work = Work(finish, (settings.film, store), settings.film.limits)
   with bar("clips made", len(items), "film", lambda: store.count("describe")):
     pipeline.each("make", sorted(items, key=lambda item: -len(item[2])), work, store.folder, runner)
-  lost = (store.get("lost_clips", item[0].key, lost_needs(item, settings.film)) for item in items)
-  select.drop(selection, [Rejected(**item) for item in lost if item])
+  verdicts = (lost(source, candidate, settings.film, store) for source, _, chosen in items for candidate in chosen)
+  select.drop(selection, [verdict for verdict in verdicts if verdict])
 
 
 def entries_of(found: Sequence[Source], selection: Selection, settings: Settings, store: Store) -> list[shards.Entry]:
@@ -119,6 +131,8 @@ def entries_of(found: Sequence[Source], selection: Selection, settings: Settings
     for candidate in group:
       told = captions[candidate.shot.id]
       facts = {"caption_by": told["by"]} if told["text"] else {"no_caption": told["reason"]}
+      if told["again"]:
+        facts["caption_failed"] = told["detail"]
       entries.append(shards.Entry(
         about, replace(candidate, facts=facts),
         clips.size_of(candidate.shot, settings.film.clip), held.path(candidate.shot),
@@ -177,6 +191,11 @@ def said(out: Path, index: dict, stages: dict[str, dict]) -> None:
   for stage, row in stages.items():
     why = ", ".join(f"{reason} {count}" for reason, count in sorted(row["why"].items(), key=lambda item: -item[1]))
     print(f"{stage:12} {row['in']:8} in {row['out']:8} out" + (f"   {why}" if why else ""))
+  captions = index["statistics"]["captions"]
+  print("captions by " + ", ".join(f"{by} {count}" for by, count in captions["by"].items()))
+  if captions["again"]:
+    print(f"{captions['again']} of them because a provider failed (caption_failed in {out / shards.TABLE}); the same "
+          "command asks it again")
   train, held_out = (index["splits"][split]["records"] for split in records.SPLITS)
   print(f"{out}: {train} train and {held_out} held-out clips, {index['statistics']['hours']:.3g} hours; see "
         f"{out / 'report.html'}")

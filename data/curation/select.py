@@ -80,10 +80,11 @@ def select(sources: Sequence[Source], pairs: Iterable[Sequence[str]], settings: 
 
 
 def drop(selection: Selection, rejected: Sequence[Rejected]) -> None:
-  """Takes the chosen shots of some films out, each with its film's reason."""
-  why = {item.film: item for item in rejected}
-  selection.rejected += [replace(why[c.shot.film], what=c.shot.id) for c in selection.chosen if c.shot.film in why]
-  selection.chosen = [c for c in selection.chosen if c.shot.film not in why]
+  """Takes chosen shots out, and of films all of them, each with its reason."""
+  why = {item.what: item for item in rejected}
+  reasons = {c.shot.id: why.get(c.shot.id) or why.get(c.shot.film) for c in selection.chosen}
+  selection.rejected += [replace(reason, what=shot) for shot, reason in reasons.items() if reason]
+  selection.chosen = [c for c in selection.chosen if not reasons[c.shot.id]]
 
 
 def counts(sources: Sequence[Source], selection: Selection) -> Counter:

@@ -187,7 +187,7 @@ def write_table(path: Path, rows: Iterable[dict]) -> None:
 
 
 def statistics(entries: Sequence[Entry]) -> dict:
-  """Hours, counts by licence, source, size and rate, and quartiles of every measure that is a number."""
+  """Hours, counts by licence, source, caption, size and rate, and quartiles of every measure that is a number."""
   numbers: dict[str, list[float]] = {}
   for entry in entries:
     for name, value in entry.candidate.measures.items():
@@ -197,6 +197,8 @@ def statistics(entries: Sequence[Entry]) -> dict:
   return {
     "clips": len(entries), "films": len({entry.film.name for entry in entries}), "hours": round(sum(seconds) / 3600, 6),
     "licences": _counted(entry.licence for entry in entries), "sources": _counted(entry.source for entry in entries),
+    "captions": {"by": _counted(entry.candidate.facts.get("caption_by", "none") for entry in entries),
+                 "again": sum("caption_failed" in entry.candidate.facts for entry in entries)},
     "sizes": _counted(f"{entry.size[0]}x{entry.size[1]} at {entry.film.fps:g} fps" for entry in entries),
     "measures": {name: {"clips": len(values), **dict(zip(
       ("least", "quarter", "median", "three_quarters", "most"),
