@@ -193,6 +193,15 @@ def test_memory_is_that_of_a_window_and_not_of_the_film(tmp_path):
   assert long < 1.1 * short, (short, long)
 
 
+def test_of_a_picture_that_stands_for_minutes_a_window_is_held_and_the_cut_behind_it_is_found():
+  still, other = (np.random.default_rng(seed).integers(0, 255, (24, 32, 3), np.uint8) for seed in (1, 2))
+  finder, made = transitions.Finder(6., SETTINGS.content, SETTINGS.adaptive), []
+  for number in range(900):
+    made += finder.push(number, other if 600 <= number < 620 else still)
+    assert len(finder.held) <= 6 * (transitions.CORE + 2 * transitions.MARGIN)
+  assert [(t.kind, t.start) for t in made + list(finder.end())] == [("cut", 600), ("cut", 620)]
+
+
 def test_a_small_and_an_upright_film_are_cut_too(tmp_path):
   made = planted.Reel(12).play(planted.toon(1), 2).cut().play(planted.toon(9), 2)
   for name, size in (("small", (48, 32)), ("upright", (64, 160))):
@@ -215,6 +224,13 @@ def test_likeness_sees_through_motion_and_light_but_not_through_scenes():
   assert likeness.unexplained(a, (moved * .6).astype(np.uint8)) < .4
   assert likeness.unexplained(a, np.full_like(a, 255)) > likeness.OTHER
   assert likeness.palette(a, a) == pytest.approx(1) and likeness.palette(a, 255 - a) < .3
+
+
+def test_likeness_does_not_depend_on_what_was_compared_before():
+  a, b = planted.toon(3)(1), planted.toon(3)(1.4)
+  before = likeness.moved(a, b)
+  likeness.unexplained(*np.random.default_rng(0).integers(0, 255, (2, 32, 48, 3), np.uint8))
+  np.testing.assert_array_equal(likeness.moved(a, b), before)
 
 
 def test_settings_say_what_is_allowed():

@@ -8,7 +8,6 @@ OTHER = .54     # share of unexplained pixels above which two pictures are of di
 TOLERANCE = 24  # grey levels that a moved pixel may be off, at most ...
 CONTRAST = .6   # ... and in standard deviations of its picture
 PLAIN = .15     # weight of a pixel without detail about it, which moving explains too easily, to one with
-_FLOW = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
 _AROUND = np.ones((5, 5), np.uint8)
 
 
@@ -29,7 +28,8 @@ def moved(source: UInt8[np.ndarray, "h w 3"], target: UInt8[np.ndarray, "h w 3"]
 
 
 def _flowed(source: np.ndarray, grey: np.ndarray, aim: np.ndarray) -> np.ndarray:
-  flow = _FLOW.calc(aim, grey, None)
+  # Made anew: a very small picture would leave its scales to all later ones.
+  flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST).calc(aim, grey, None)
   rows, columns = np.indices(grey.shape, dtype=np.float32)
   return cv2.remap(source, columns + flow[..., 0], rows + flow[..., 1], cv2.INTER_LINEAR,
                    borderMode=cv2.BORDER_REPLICATE)
