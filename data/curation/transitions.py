@@ -35,6 +35,7 @@ class Finder:
   def __init__(self, fps: float, content: float, adaptive: float):
     self.fps, self.first, self.done = fps, 0, 0
     self.held: list[np.ndarray] = []
+    self.drawn: np.ndarray | None = None  # the last drawing, which a still leaves behind the window
     self.drawings: list[int] = []   # frames that are not repeated, of the window
     self.suspects: list[int] = []
     self.lit: list[int] = []        # frames at which the picture comes out of the dark
@@ -44,7 +45,8 @@ class Finder:
 
   def push(self, number: int, small: UInt8[np.ndarray, "h w 3"]) -> Iterator[Transition]:
     """Takes frame `number`; yields transitions that are certain now."""
-    if not self.drawings or cv2.norm(small, self.held[self.drawings[-1] - self.first], cv2.NORM_L1) > SAME * small.size:
+    if self.drawn is None or cv2.norm(small, self.drawn, cv2.NORM_L1) > SAME * small.size:
+      self.drawn = small
       self.drawings.append(number)
       blue_first, time = np.ascontiguousarray(small[..., ::-1]), FrameTimecode(number, self.fps)
       for detector in self.detectors:
@@ -72,7 +74,7 @@ class Finder:
               if not any(t.start - near <= n <= t.stop + near for t in found)]
     yield from sorted((t for t in found if self.done <= t.start < stop), key=lambda t: (t.start, t.stop))
     self.done = stop
-    keep = max(first, min(stop - round(MARGIN * self.fps), self.drawings[-1]))
+    keep = max(first, stop - round(MARGIN * self.fps))
     self.held, self.first = self.held[keep - first:], keep
     self.drawings = [n for n in self.drawings if n >= keep]
     self.suspects = [n for n in self.suspects if n >= keep]
