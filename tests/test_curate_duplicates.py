@@ -281,6 +281,18 @@ def test_films_that_share_a_copy_fall_on_one_side(seed):
   assert duplicates.split(dict(reversed(clips.items())), pairs[::-1], .2) == halves
 
 
+def test_episodes_that_share_an_opening_are_split_and_one_film_twice_is_not():
+  shots = {f"{episode:03}": [f"{episode:03}/{n:03}" for n in range(40)] for episode in range(60)} | {
+    "opening": [f"opening/{n}" for n in range(5)], "again": [f"again/{n:03}" for n in range(30)]}
+  films = {shot: film for film, inside in shots.items() for shot in inside}
+  opening = [pair for n in range(5) for pair in itertools.pairwise(inside[n] for inside in shots.values())]
+  again = list(zip(shots["007"][10:], shots["again"], strict=True))
+  for copies in (opening + again, again[::-1] + [pair[::-1] for pair in opening]):
+    assert duplicates.same_films(copies, films) == [("007", "again")]
+  halves = duplicates.split({film: len(inside) for film, inside in shots.items()}, [("007", "again")], .1)
+  assert .02 < sum(len(numbers) for _, numbers in halves["held_out"]) / len(films) < .3
+
+
 def test_where_all_films_share_copies_nothing_is_held_out_and_one_film_is_divided():
   chain = list(itertools.pairwise("abcd"))
   assert duplicates.split(dict.fromkeys("abcd", 3), chain, .3) == {

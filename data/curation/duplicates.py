@@ -14,6 +14,7 @@ from parts of a code: Indyk and Motwani 1998. Colour, marks, crops and shifts ar
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
@@ -36,6 +37,7 @@ FLOOR = .25       # mean grey levels a wave must have for its sign to mean anyth
 LEAST = 24        # clear signs of brightness, of 64, below which a picture is blank: fades, titles, flat colour
 SAME = .03        # share of unlike signs; copies measured up to .02, drawn shots before one background from .044
 OVERLAP = .6      # of the shorter clip's length that two copies share at least
+SAME_FILM = .3    # of the clips of each, copies that make two films one: episodes share an eighth, a second rip most
 WORDS = 6         # 64-bit words of a code: signs of brightness, red and blue difference, and their marks
 
 
@@ -250,11 +252,29 @@ def keep_best(candidates: Iterable[Candidate], copies: Iterable[tuple[str, str]]
                 for name in sorted(winners)]
 
 
+def same_films(copies: Iterable[tuple[str, str]], films: Mapping[str, str]) -> list[tuple[str, str]]:
+  """Pairs of films each of which holds copies of at least SAME_FILM of the other's clips, in order.
+
+  That is one film twice; episodes that share an opening stay apart. copies: pairs of clips. films: clip -> its film, of
+  all clips.
+  """
+  shared: dict[tuple[str, str], tuple[set[str], set[str]]] = {}
+  for pair in copies:
+    (film, clip), (other, copy) = sorted((films[name], name) for name in pair)
+    if film != other:
+      here, there = shared.setdefault((film, other), (set(), set()))
+      here.add(clip)
+      there.add(copy)
+  sizes = Counter(films.values())
+  return sorted(pair for pair, sides in shared.items()
+                if all(len(side) >= SAME_FILM * sizes[film] for film, side in zip(pair, sides, strict=True)))
+
+
 def split(clips: Mapping[str, int], copies: Iterable[tuple[str, str]], share: float
           ) -> dict[str, list[tuple[str, range]]]:
-  """Gives every film to train or held_out as data/pack.py does, films that share a copy to the same one.
+  """Gives every film to train or held_out as data/pack.py does, films that are copies to the same one.
 
-  clips: film -> number of its clips that are kept. copies: pairs of films. Films that hang together go where the first
+  clips: film -> number of its clips that are kept. copies: pairs of films, see `same_films`. Films that hang together go where the first
   of their names would go alone; where all do, nothing is held out.
   """
   head = {name: group[0] for group in groups(copies) for name in group}

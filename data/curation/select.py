@@ -15,8 +15,8 @@ from curation.store import Store
 class Selection:
   """What was chosen of all films, and what was not.
 
-  films: name -> Film, of all that can be used. measured, chosen: candidates in order of ids. copies: pairs of films
-  that share a clip. ranked: how many clips the budget chose from. choice: what it says; None without a budget.
+  films: name -> Film, of all that can be used. measured, chosen: candidates in order of ids. copies: pairs of
+  films that are one. ranked: how many clips the budget chose from. choice: what it says; None without a budget.
   """
   films: dict[str, Film] = field(default_factory=dict)
   measured: list[Candidate] = field(default_factory=list)
@@ -71,7 +71,7 @@ def select(sources: Sequence[Source], pairs: Iterable[Sequence[str]], settings: 
       kept, chosen.rejected = kept + passed, chosen.rejected + rejected
   there = {candidate.shot.id: candidate.shot.film for candidate in kept}
   pairs = [(a, b) for a, b in pairs if a in there and b in there]
-  chosen.copies = sorted({(there[a], there[b]) for a, b in pairs if there[a] != there[b]})
+  chosen.copies = duplicates.same_films(pairs, there)
   left, copies = duplicates.keep_best(kept, pairs, chosen.films)
   chosen.ranked = len(left)
   chosen.chosen, beyond, chosen.choice = budget.select(left, settings.budget)
