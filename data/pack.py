@@ -22,10 +22,11 @@ import os
 import shutil
 import zipfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import command
@@ -196,6 +197,11 @@ def part_of(out: Path, film: str) -> Path:
   return out / "parts" / f"{hashlib.sha256(film.encode()).hexdigest()[:20]}.arrayrecord"
 
 
+def shown(film: str) -> str:
+  """The name of a film for people, where it is not UTF-8 with escapes."""
+  return os.fsencode(film).decode("utf-8", "backslashreplace")
+
+
 def state_of(folder: Path, film: str) -> list[int]:
   """Size and time of change: a film that changed is cut again."""
   status = (folder / film).stat()
@@ -205,6 +211,8 @@ def state_of(folder: Path, film: str) -> list[int]:
 def pack_film(folder: Path, out: Path, film: str, settings: Settings) -> str | None:
   """Cuts one film into its part file unless that is done. Returns why the film cannot be read, or None."""
   cv2.setNumThreads(1)  # films are cut side by side already
+  if shown(film) != film:
+    return "its name is not UTF-8, as records are: rename it"
   part = part_of(out, film)
   note = part.with_suffix(".json")
   try:
@@ -247,19 +255,30 @@ def split_films(clips: dict[str, int], share: float) -> dict[str, list[tuple[str
 def cut_films(folder: Path, out: Path, films: list[str], settings: Settings, workers: int) -> dict[str, str]:
   """Cuts all films side by side. Returns the reasons of those that cannot be read."""
   (out / "parts").mkdir(parents=True, exist_ok=True)
-  reasons = {}
-  with ProcessPoolExecutor(min(workers, len(films)), multiprocessing.get_context("spawn")) as pool:
-    tasks = {pool.submit(pack_film, folder, out, film, settings): film for film in films}
-    try:
-      for task in tqdm(as_completed(tasks), total=len(tasks), desc="films cut", unit="film"):
-        if reason := task.result():
-          reasons[tasks[task]] = reason
-          tqdm.write(f"skipped {tasks[task]}: {reason}")
-    except BrokenProcessPool as error:
-      left = [film for task, film in tasks.items() if task.exception()]
-      raise errors.BadInput(f"a process died while it read one of {', '.join(left[:4])} ...: take that film out of "
-                            f"{folder} and run again; films already cut are kept.") from error
+  reasons, work = {}, partial(pack_film, folder, out, settings=settings)
+  for film, reason in tqdm(side_by_side(work, films, workers), total=len(films), desc="films cut", unit="film"):
+    if reason:
+      reasons[film] = reason
+      tqdm.write(f"skipped {shown(film)}: {reason}")
   return dict(sorted(reasons.items()))
+
+
+def side_by_side(work: Callable[[str], str | None], films: list[str], workers: int) -> Iterator[tuple[str, str | None]]:
+  """(film, what `work` says of it) as each is done, in processes; one that kills its process is found and named."""
+  left = []
+  with ProcessPoolExecutor(min(workers, len(films)), multiprocessing.get_context("spawn")) as pool:
+    tasks = {pool.submit(work, film): film for film in films}
+    try:
+      for task in as_completed(tasks):
+        try:
+          yield tasks[task], task.result()
+        except BrokenProcessPool:  # of all that were under work and still to come
+          left.append(tasks[task])
+    except BaseException:  # a full disk, Ctrl-C: it is told now, and not after all other films
+      pool.shutdown(cancel_futures=True)
+      raise
+  for film in left:
+    yield from side_by_side(work, [film], 1) if len(films) > 1 else [(film, "it ends the process that reads it")]
 
 
 def write_records(out: Path, notes: dict[str, dict], settings: Settings) -> dict:
@@ -299,7 +318,7 @@ def main(settings: Settings, films_folder: Path, out: Path, workers: int) -> Non
            for film in films if film not in reasons}
   if not any(note["clips"] for note in notes.values()):
     why = (f"the others have no shot of {settings.clip_seconds:g} s, take a smaller --clip_seconds" if notes else
-           "; ".join(f"{film}: {reason}" for film, reason in list(reasons.items())[:3]))
+           "; ".join(f"{shown(film)}: {reason}" for film, reason in list(reasons.items())[:3]))
     raise errors.BadInput(f"none of the {len(films)} films in {films_folder} gave a clip: {why}.")
   index = {**heading, **write_records(out, notes, settings), "skipped": reasons}
   unfinished = out / f".{records.INDEX}.partial"

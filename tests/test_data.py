@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import av
@@ -266,6 +268,8 @@ def spoil(folder, good: Path):
   early = (folder / "early.mp4").read_bytes()  # its index comes first, so it opens and ends too soon
   (folder / "early.mp4").write_bytes(early[:len(early) * 2 // 3])
   os.mkfifo(folder / "pipe.mp4")
+  latin = os.fsdecode("caf\xe9.mp4".encode("latin-1"))
+  (folder / latin).write_bytes(whole)
   (folder / "nowhere.mp4").symlink_to(folder / "gone.mp4")
   with av.open(str(folder / "sound.mp4"), "w") as container:
     stream = container.add_stream("aac", rate=44100)
@@ -281,9 +285,34 @@ def spoil(folder, good: Path):
     (folder / f"{name}.mp4").write_bytes(whole)
     (folder / f"{name}{suffix}").write_text(content)
   return {"text.mp4": "not a film", "empty.mp4": "0 bytes", "cut-off.mp4": "cut off",
-          "early.mp4": r"frames can be decoded", "pipe.mp4": "not a regular file",
+          latin: "not UTF-8", "early.mp4": r"frames can be decoded", "pipe.mp4": "not a regular file",
           "nowhere.mp4": "No such file", "sound.mp4": "only sound", "rotten.mp4": "damaged", "words.mp4": "beside",
           "list.mp4": "beside", "masks.mp4": "beside"}
+
+
+def _reads(film: str) -> str | None:
+  """A reader that one film ends and another fails."""
+  if film == "deadly":
+    os._exit(1)
+  if film == "last":
+    raise OSError(28, "No space left on device")
+  return {"odd": "is odd"}.get(film)
+
+
+def test_a_film_that_ends_its_process_is_found_and_an_error_is_told_before_the_films_to_come(tmp_path):
+  films = ["good", "deadly", "odd", *(f"film-{n}" for n in range(5))]
+  told = dict(pack.side_by_side(_reads, films, 2))
+  assert told == dict.fromkeys(films) | {"odd": "is odd", "deadly": "it ends the process that reads it"}
+  seen = []
+  with pytest.raises(OSError, match="No space"):
+    seen.extend(film for film, _ in pack.side_by_side(partial(_slowly, tmp_path), ["last", *map(str, range(9))], 1))
+  assert len(list(tmp_path.iterdir())) < 9
+
+
+def _slowly(folder: Path, film: str) -> str | None:
+  time.sleep(.2)
+  (folder / film).touch()
+  return _reads(film)
 
 
 def test_bad_films_among_good_ones_are_skipped_counted_and_named(films, tmp_path, capsys):
@@ -302,7 +331,7 @@ def test_bad_films_among_good_ones_are_skipped_counted_and_named(films, tmp_path
 
 def test_only_bad_films_are_one_clear_line(films, tmp_path):
   spoil(tmp_path, films / "film-0.mp4")
-  with pytest.raises(BadInput, match=r"none of the 11 films .* gave a clip: .*cut off") as error:
+  with pytest.raises(BadInput, match=r"none of the 12 films .* gave a clip: .*cut off") as error:
     pack.main(SETTINGS, tmp_path, tmp_path / "out", workers=2)
   assert "\n" not in str(error.value)
 
