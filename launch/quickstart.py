@@ -5,6 +5,7 @@
 It only runs the commands that a user would run, prints each, and checks that the killed run went on exactly.
 """
 
+import itertools
 import json
 import os
 import signal
@@ -66,14 +67,22 @@ def train_and_kill(command: list[str], run_folder: Path, step: int) -> None:
     sys.exit(training.returncode or f"training ended before step {step}, where it was to be killed.")
 
 
+def done_twice(measures: Path) -> dict[int, bool]:
+  """step -> whether it was the same again, of those that were done before a kill and after it."""
+  found: dict[int, bool] = {}
+  for before, after in itertools.combinations(attempts(measures), 2):
+    for step in set(before) & set(after):
+      same = all(before[step][name] == after[step][name] for name in ("loss", "grad_norm", "records"))
+      found[step] = same and found.get(step, True)
+  return dict(sorted(found.items()))
+
+
 def check_resume(measures: Path) -> None:
-  """Compares the steps that were done twice, before the kill and again after the resume."""
-  before, after = attempts(measures)[:2]
-  twice = sorted(set(before) & set(after))
-  equal = [all(before[step][name] == after[step][name] for name in ("loss", "grad_norm", "records")) for step in twice]
-  if not (twice and all(equal)):
-    sys.exit(f"the resumed run is not the killed one: steps {twice} were done twice, equal: {equal}")
-  print(f"\nresumed exactly: steps {twice[0]} to {twice[-1]} were done twice, with the same records, losses and "
+  """Compares the steps that were done twice."""
+  twice = done_twice(measures)
+  if not (twice and all(twice.values())):
+    sys.exit(f"the resumed run is not the killed one: steps done twice, and whether equal: {twice}")
+  print(f"\nresumed exactly: steps {min(twice)} to {max(twice)} were done twice, with the same records, losses and "
         "gradient norms to the last bit.")
 
 
@@ -89,7 +98,7 @@ def main(_: list[str]) -> None:
            "--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.seq=2", f"--config.data.records={records}",
            f"--config.train.steps={STEPS.value}", f"--config.train.checkpoint={STEPS.value // 4}",
            f"--config.train.held_out={STEPS.value // 4}", "--config.train.report=2"]
-  if len(attempts(Path(folder) / "measures.jsonl")) < 2:
+  if not done_twice(Path(folder) / "measures.jsonl"):
     train_and_kill(train, Path(folder), STEPS.value // 2 + 6)
   run(*train)
   check_resume(Path(folder) / "measures.jsonl")

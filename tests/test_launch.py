@@ -32,7 +32,8 @@ import json, os, sys
 name = os.path.basename(sys.argv[0])
 with open({calls!r}, "a") as file:
   file.write(json.dumps([name, *sys.argv[1:]]) + "\\n")
-sys.exit(int(os.environ.get("STATUS_" + name, 0)))
+if status := int(os.environ.get("STATUS_" + name, 0)):
+  sys.exit(status)
 """
 
 
@@ -178,11 +179,16 @@ for _ in {1..900}; do sleep 0.05; done
 
 
 def test_tpu_vm_starts_every_worker_once_and_goes_on_with_the_same_command(tmp_path):
-  stubs, homes = Stubs(tmp_path, "sudo", "mountpoint"), tmp_path / "homes"
+  stubs, homes = Stubs(tmp_path, "mountpoint"), tmp_path / "homes"
   stubs.write("gcloud", GCLOUD.format(python=sys.executable, calls=str(stubs.calls), homes=str(homes)))
   stubs.write("python3.12", "#!/bin/bash\nexit 1\n")  # of a version manager that has none
-  stubs.write("python3.11", VENV)
+  stubs.write("python3.11", "#!/bin/bash\nexit 1\n")  # without venv
   stubs.write("python3", "#!/bin/bash\nexit 1\n")  # too old
+  stubs.write("venv", VENV)
+  stubs.write("sudo", STUB.format(python=sys.executable, calls=str(stubs.calls)) + f"""
+if sys.argv[1:3] == ["apt-get", "install"]:
+  os.replace({str(stubs.folder / "venv")!r}, {str(stubs.folder / "python3.11")!r})
+""")
   started = []
   for _ in range(2):
     start = subprocess.Popen(["bash", LAUNCH / "tpu_vm.sh", "--config.train.steps=7"], cwd=ROOT, text=True, env={
@@ -194,6 +200,7 @@ def test_tpu_vm_starts_every_worker_once_and_goes_on_with_the_same_command(tmp_p
     assert start.poll() is None, start.communicate()[0]
   stopped, called = stubs.run("tpu_vm.sh", "stop", ZONE="z")
   assert stopped == 0 and all("saved" in start.communicate(timeout=60)[0] for start in started)
+  assert called.count(["sudo", "apt-get", "install", "-qy", "python3.11-venv"]) == 1
   assert ["sudo", "mount", "-t", "nfs", "10.0.0.2:/share", "/mnt/anisora"] in called
   for worker in ("0", "1"):
     assert (homes / worker / "anisora" / "anisora_jax" / "train.py").is_file()
@@ -204,6 +211,23 @@ def test_tpu_vm_starts_every_worker_once_and_goes_on_with_the_same_command(tmp_p
     assert (homes / worker / "anisora" / "train.log").read_text().split() == ["step", "saved"]
     fits(words, tpus(2, 2, 2), tpus(2, 2, 4), tpus(4, 4, 4))
   assert not list(tmp_path.glob("tmp.*"))  # the tree that was sent
+
+
+def test_a_quickstart_that_was_stopped_early_and_killed_later_has_gone_on_exactly(tmp_path):
+  measures = tmp_path / "measures.jsonl"
+
+  def check(*runs: dict[int, float]) -> tuple[int, str]:
+    rows = [row for run in runs for row in ({"start": 0}, *({"step": step, "loss": loss, "grad_norm": 1., "records": []}
+                                                            for step, loss in run.items()))]
+    measures.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code = f"import quickstart, pathlib; quickstart.check_resume(pathlib.Path({str(measures)!r}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=LAUNCH, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+  first, second, third = (dict.fromkeys(range(*steps), .5) for steps in ((1, 41), (41, 57), (51, 99)))
+  status, said = check(first, second, third)
+  assert status == 0 and "steps 51 to 56 were done twice" in said
+  assert check(first, second, third | {53: .41})[0] == check(first, second)[0] == 1
 
 
 # Of the JobSet v1alpha2 and the Kubernetes batch/v1 and core/v1 references: the fields that there are, of those a
