@@ -2,7 +2,7 @@
 # The first that runs: a version manager may have names for Pythons that are not there.
 PYTHON ?= $(shell for p in python3.12 python3.11 python3; do $$p -c '' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
-OUT ?= out/quickstart
+OUT := out/quickstart
 
 .PHONY: help quickstart test proof lint bench aot clean
 
@@ -18,7 +18,7 @@ help:
 .venv/base: pyproject.toml
 	@echo "+ $(PYTHON) -m venv .venv, with anisora_jax and what draws and cuts films"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[data]'
 	@touch $@
 
@@ -45,7 +45,9 @@ bench: .venv/test
 	$(BIN)/python bench/step.py
 	$(BIN)/python bench/attention.py
 	$(BIN)/python bench/attention.py --ring
-	$(BIN)/python bench/loader.py
+	$(BIN)/python data/toons.py --out out/bench/films --films 8
+	$(BIN)/python data/pack.py --films out/bench/films --out out/bench/records
+	$(BIN)/python bench/loader.py --records out/bench/records
 	$(BIN)/python bench/checkpoint.py
 	$(BIN)/python bench/vae.py
 	$(BIN)/python bench/convert.py
