@@ -274,8 +274,8 @@ def split(clips: Mapping[str, int], copies: Iterable[tuple[str, str]], share: fl
           ) -> dict[str, list[tuple[str, range]]]:
   """Gives every film to train or held_out as data/pack.py does, films that are copies to the same one.
 
-  clips: film -> number of its clips that are kept. copies: pairs of films, see `same_films`. Films that hang together go where the first
-  of their names would go alone; where all do, nothing is held out.
+  clips: film -> number of its clips that are kept. copies: pairs of films, see `same_films`. Films that
+  hang together go where the first of their names would go alone; where all do, nothing is held out.
   """
   head = {name: group[0] for group in groups(copies) for name in group}
   together: dict[str, list[str]] = {}
