@@ -27,7 +27,7 @@ from anisora_jax.errors import BadInput
 from anisora_jax.training import loop, report
 from anisora_jax.training.stop import Stop
 
-STEPS, DEVICES = 16, 2
+STEPS, DEVICES = 40, 2
 
 
 @pytest.fixture
