@@ -3,12 +3,13 @@
 PYTHON ?= $(shell for p in python3.12 python3.11 python3; do $$p -c '' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 OUT := out/quickstart
+JOBS := 2
 
 .PHONY: help quickstart test proof lint bench aot clean
 
 help:
 	@echo "make quickstart   draw cartoons, train a tiny model on 8 simulated devices, sample it; films in $(OUT)"
-	@echo "make test         all tests, on 8 simulated CPU devices"
+	@echo "make test         all tests, on 8 simulated CPU devices; JOBS=8 on as many cores"
 	@echo "make proof        every scheme x kernel x mask x split x length of attention, and more: over an hour on two cores"
 	@echo "make lint         ruff, and ShellCheck on the shell scripts"
 	@echo "make bench        speed against diffusers, bare decoding and no checkpoints"
@@ -31,10 +32,10 @@ quickstart: .venv/base
 	$(BIN)/python launch/quickstart.py --out $(OUT)
 
 test: .venv/test
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 proof: .venv/test
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m product $(addprefix tests/test_,product.py schemes.py mesh.py aot.py experiment.py)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m product $(addprefix tests/test_,product.py schemes.py mesh.py aot.py experiment.py)
 
 lint: .venv/test
 	$(BIN)/ruff check .

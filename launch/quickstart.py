@@ -18,7 +18,7 @@ from absl import app, flags
 
 OUT = flags.DEFINE_string("out", "out/quickstart", "Folder for films, records, the run and its samples.")
 FILMS = flags.DEFINE_integer("films", 24, "Cartoons to draw.", lower_bound=2)
-STEPS = flags.DEFINE_integer("steps", 300, "Training steps.", lower_bound=40)
+STEPS = flags.DEFINE_integer("steps", 200, "Training steps.", lower_bound=40)
 HELD_OUT = flags.DEFINE_integer("held_out", 8, "Held-out clips that each task is measured on.", lower_bound=1)
 
 ROOT = Path(__file__).resolve().parents[1]
