@@ -78,6 +78,7 @@ def main() -> None:
   if WORKDIR.value and entry.CONFIG.value is not None:
     raise BadInput(f"--config was given beside --workdir {WORKDIR.value}, a run, which has its own: leave out one of "
                    "them; settings of a run are flags, as --steps 4.")
+  out = Path(OUT.value) if HELD_OUT.value else sample.out_of(OUT.value)
   changes = {name: flag.value for name, flag in SETTINGS.items()}
   if changes["data.records"]:
     changes["data.encoded"] = False
@@ -86,9 +87,9 @@ def main() -> None:
   else:
     made = studio.open_weights(entry.config(), changes, ADAPTERS.value)
   if HELD_OUT.value:
-    sample.gallery(made, Path(WORKDIR.value or OUT.value), TASKS.value, HELD_OUT.value, SHOW.value)
+    sample.gallery(made, Path(WORKDIR.value or out), TASKS.value, HELD_OUT.value, SHOW.value)
     return
-  frames, out = FRAMES.value or made.parts.buckets[0].frames, Path(OUT.value)
+  frames = FRAMES.value or made.parts.buckets[0].frames
   ending = prompts.suffix(AESTHETIC.value, MOTION.value, CAMERA.value, NO_TEXT.value)
   if PROMPTS.value:
     orders = sample.orders_of(made, PROMPTS.value, frames, ending, out, SEED.value)

@@ -114,10 +114,24 @@ def test_one_expert_at_a_time_is_on_the_devices_and_comes_back_as_it_was(made, d
 def test_the_text_encoder_leaves_once_all_captions_are_known(download, still, tmp_path):
   made = opened(download, sample__steps=1)
   request = Request(5, HEIGHT, WIDTH, 16.0, first=str(still))
-  orders = [sample.Order(request, f"cat {number}", tmp_path / str(number), 0) for number in range(2)]
+  orders = [sample.Order(request, f"cat {number}", tmp_path / f"v3.{number}", 0) for number in range(2)]
   sample.make(made, orders)
   assert set(made.told) == {"cat 0", "cat 1", "the old cat"} and "captions" not in made.__dict__
-  assert all((tmp_path / f"{number}.mp4").stat().st_size > 200 for number in range(2))
+  files = {path.name: path.stat().st_size for path in tmp_path.iterdir()}  # a dot of a name ends no name
+  assert set(files) == {f"v3.{number}{ending}" for number in range(2) for ending in sample.ENDINGS}
+  assert min(files.values()) > 200
+
+
+@pytest.mark.parametrize("word, out", [("film", "film"), ("out/v3.1", "out/v3.1"), ("film.mp4", "film"),
+                                       ("a/b.c.png", "a/b.c"), ("v.gif/", "v")])
+def test_a_name_keeps_its_dots_and_loses_one_ending(word, out):
+  assert sample.out_of(word) == Path(out)
+
+
+@pytest.mark.parametrize("word", ["", ".", "..", "out/..", ".mp4", "/"])
+def test_a_name_of_nothing_is_refused(word):
+  with pytest.raises(BadInput, match="names no film: give a name such as out/film"):
+    sample.out_of(word)
 
 
 def test_kept_kernels_are_of_the_arithmetic_s_dtype_and_all_else_float32(download):

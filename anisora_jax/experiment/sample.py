@@ -27,15 +27,30 @@ from anisora_jax.tasks.conditions import cells_touched
 from anisora_jax.tasks.masks import TASKS, Scene
 from anisora_jax.training import report
 
+ENDINGS = (".mp4", ".gif", ".png")  # of what is written of one film
+
 
 @dataclass(frozen=True)
 class Order:
-  """One film to make: what is given, its caption, where it goes (OUT.mp4, .gif and .png), and the seed of its noise."""
+  """One film to make: what is given, its caption, where it goes (OUT.mp4, .gif and .png), and the seed of its noise.
+
+  out: a name to which these endings are added, so that it may hold dots.
+  """
 
   request: Request
   prompt: str
   out: Path
   seed: int
+
+
+def out_of(word: str) -> Path:
+  """`out` of an Order as --out says it, one of its endings taken off. Raises BadInput where it names no file."""
+  path = Path(word)
+  name = path.stem if path.suffix in ENDINGS else path.name
+  if name in ("", "..", *ENDINGS):
+    raise BadInput(f"--out {word!r} names no film: give a name such as out/film, to which {', '.join(ENDINGS)} are "
+                   "added.")
+  return path.with_name(name)
 
 
 def size_of(studio: Studio, picture: str, height: int | None, width: int | None) -> tuple[int, int]:
@@ -72,14 +87,19 @@ def make(studio: Studio, orders: Sequence[Order]) -> None:
       continue
     shown = slice(None, -1) if order.request.loop else slice(None)  # its last frame is the first of the next round
     write_films(order.out, made[shown], order.request.fps)
-    write_sheet(order.out.with_suffix(".png"), Sheet(order.out.stem, order.prompt, canvas, mask, made))
+    write_sheet(ended(order.out, ".png"), Sheet(order.out.name, order.prompt, canvas, mask, made))
+
+
+def ended(path: Path, ending: str) -> Path:
+  """The path with an ending; with_suffix would put it in the place of what follows the last dot."""
+  return path.with_name(path.name + ending)
 
 
 def write_films(path: Path, made: UInt8[np.ndarray, "F H W 3"], fps: float) -> None:
   """PATH.mp4 and PATH.gif, small frames enlarged by a whole number: H.264 halves the colour's resolution."""
   times = max(1, 200 // made.shape[2])
-  film.write_mp4(path.with_suffix(".mp4"), made, fps, times)
-  film.write_gif(path.with_suffix(".gif"), made, fps, times)
+  film.write_mp4(ended(path, ".mp4"), made, fps, times)
+  film.write_gif(ended(path, ".gif"), made, fps, times)
 
 
 def task_masks(studio: Studio, task: str, character: Bool[np.ndarray, "b F H W"], number: int) -> Masks:
@@ -140,10 +160,9 @@ def exhibit(one: Shown, path: Path, fps: float) -> page.Exhibit:
   """Writes a clip's mp4, gif and contact sheet."""
   note = ", ".join(f"{name} {value:.2f} dB" for name, value in one.psnr.items())
   write_films(path, one.made, fps)
-  write_sheet(path.with_suffix(".png"), Sheet(f"{one.task}: {note}", one.caption, one.truth, one.mask, one.made,
-                                              one.truth))
-  return page.Exhibit(one.task, one.caption, path.with_suffix(".png"), path.with_suffix(".mp4"),
-                      path.with_suffix(".gif"), note)
+  write_sheet(ended(path, ".png"), Sheet(f"{one.task}: {note}", one.caption, one.truth, one.mask, one.made,
+                                          one.truth))
+  return page.Exhibit(one.task, one.caption, ended(path, ".png"), ended(path, ".mp4"), ended(path, ".gif"), note)
 
 
 def gallery(studio: Studio, folder: Path, tasks: Sequence[str], count: int, show: int,
