@@ -145,13 +145,15 @@ def test_kept_kernels_are_of_the_arithmetic_s_dtype_and_all_else_float32(downloa
 
 
 def adapter(path: Path, download) -> Path:
-  """A file of adapters in diffusers' names, of two layers, with random numbers."""
+  """A file of adapters in diffusers' names, of two layers and a bias, with random numbers."""
   draw, state = np.random.default_rng(3), download[1]["transformer"].state_dict()
   tensors = {}
   for name in ("blocks.0.attn1.to_q", "blocks.1.attn1.to_q", "blocks.1.ffn.net.2"):
     o, i = state[f"{name}.weight"].shape
     tensors |= {f"transformer.{name}.lora_A.weight": draw.normal(size=(3, i)).astype(np.float32),
                 f"transformer.{name}.lora_B.weight": draw.normal(size=(o, 3)).astype(np.float32) / 10}
+  tensors["transformer.blocks.0.attn1.to_q.diff_b"] = draw.normal(size=48).astype(np.float32)
+  tensors["transformer.blocks.1.ffn.net.2.diff"] = draw.normal(size=(48, 80)).astype(np.float32)
   save_file(tensors, path)
   return path
 
@@ -168,11 +170,14 @@ def test_adapters_of_a_file_are_added_to_the_expert_they_are_for(download, tmp_p
       wanted = state[f"{theirs}.weight"].numpy()
       if number == 1 and f"transformer.{theirs}.lora_A.weight" in tensors:
         wanted = wanted + 0.5 * (tensors[f"transformer.{theirs}.lora_B.weight"]
-                                 @ tensors[f"transformer.{theirs}.lora_A.weight"])
+                                 @ tensors[f"transformer.{theirs}.lora_A.weight"]
+                                 + tensors.get(f"transformer.{theirs}.diff", 0))
       place = params["blocks"]
       for word in ours.split("/"):
         place = place[word]
       np.testing.assert_allclose(place["kernel"][layer], wanted.T, atol=1e-6)
+    bias = state["blocks.0.attn1.to_q.bias"].numpy() + number * 0.5 * tensors["transformer.blocks.0.attn1.to_q.diff_b"]
+    np.testing.assert_allclose(params["blocks"]["self_attention"]["q"]["bias"][0], bias, atol=1e-6)
 
 
 def test_a_tuned_expert_samples_beside_the_other_as_published(download, tmp_path):

@@ -66,7 +66,10 @@ def read(parts: Parts, config: ConfigDict, source: weights.Source, kept: bool, e
 def with_adapters(params: PyTree, parts: Parts, words: str, expert: str) -> PyTree:
   """Parameters into which files of adapters are folded. words, expert: as of `adapters_of`."""
   for adapter in adapters_of(words, expert):
-    params = folded(params, adapter.read(parts.size), adapter.scale)
+    found = flatten_dict(adapter.read(parts.size), sep="/")
+    # As convert merges them, and as ComfyUI's strength: what is no product counts as often.
+    found = {path: adapter.scale * x if path.endswith(lora.DIFF) else x for path, x in found.items()}
+    params = folded(params, unflatten_dict(found, sep="/"), adapter.scale)
   return params
 
 
