@@ -1,5 +1,6 @@
 """Films from published files: as diffusers' pipeline makes them, with one expert at a time on the devices."""
 
+import importlib
 import subprocess
 import sys
 from dataclasses import replace
@@ -239,6 +240,24 @@ def test_a_network_without_a_mask_is_given_whole_latent_frames_or_refuses(tokens
   made.config.sample.multiplier = 1.0
   with pytest.raises(BadInput, match=r"of frame 0 only a part is given with sample\.multiplier = 1"):
     latents(Request(*size, first=str(still)))
+
+
+def unread(recipe: str, **sampling) -> studio.Studio:
+  """A studio of a recipe's full size, whose weights are nowhere: what it refuses, it refuses before it reads any."""
+  config = importlib.import_module(f"configs.{recipe}").get_config()
+  config.model.kernel = "dense"  # cudnn needs a GPU
+  config.sample.update(sampling)
+  return studio.Studio(config, studio._of(config, 1), studio.Rack([]), "")
+
+
+@pytest.mark.parametrize("recipe, size, said", [
+  ("wan22_ti2v_5b", (720, 1280), "stride 16 under patches of 2: take multiples of 32, for example 704x1280"),
+  ("wan21_i2v_14b", (1080, 1920), "for example 1072x1920"),
+  ("wan21_i2v_14b", (1083, 1920), "for example 1072x1920"),
+])
+def test_a_film_that_does_not_divide_into_patches_is_refused_before_weights_are_read(recipe, size, said):
+  with pytest.raises(BadInput, match=said):
+    sample.make(unread(recipe), [sample.Order(Request(5, *size, 16.0), "", Path("film"), 0)])
 
 
 WRONG = {  # what is changed -> what is said

@@ -304,7 +304,7 @@ def begin(config: ConfigDict, out: Path, say: Callable[[str], None]) -> tuple[di
 
 def shapes_of(config: ConfigDict, bucket: Bucket) -> Shapes:
   size, codec = pick(SIZES, config.model.size, "model size"), encoders.codec(config)
-  f, h, w = latent_shape(codec, bucket.frames, bucket.height, bucket.width)
+  f, h, w = latent_shape(codec, bucket.frames, bucket.height, bucket.width, size.patch)
   return Shapes((bucket.frames, h, w), (f, h, w, codec.channels), (size.text_tokens, size.text_width),
                 (encoders.image_tokens(config, size), size.image_width))
 

@@ -63,7 +63,7 @@ class Parts:
     return replace(self, mesh=mesh, network=network, method=method)
 
   def latent_shape(self, bucket: Bucket) -> tuple[int, int, int]:
-    return codec.latent_shape(self.codec, bucket.frames, bucket.height, bucket.width)
+    return codec.latent_shape(self.codec, bucket.frames, bucket.height, bucket.width, self.size.patch)
 
   def frame_tokens(self, bucket: Bucket) -> tuple[int, int]:
     """(frames, tokens of a frame) of a bucket's clips."""
@@ -190,11 +190,6 @@ def _hides(parts: Parts, bucket: Bucket) -> sight.Rule | None:
 
 def _check_bucket(parts: Parts, bucket: Bucket) -> None:
   """parts: of that bucket."""
-  _, h, w = parts.latent_shape(bucket)
-  cell = parts.codec.spatial * parts.size.patch
-  if h % parts.size.patch or w % parts.size.patch:
-    raise BadInput(f"bucket {bucket} does not divide into patches of {cell} pixels: take multiples of {cell}, for "
-                   f"example {max(1, bucket.height // cell) * cell}x{max(1, bucket.width // cell) * cell}.")
   shards = meshes.batch_shards(parts.mesh) * parts.method.micro_batches
   if bucket.batch % shards:
     raise BadInput(f"bucket {bucket}: a batch of {bucket.batch} does not divide by replica x data x fsdp x "

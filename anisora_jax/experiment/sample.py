@@ -77,7 +77,8 @@ def make(studio: Studio, orders: Sequence[Order]) -> None:
   """Makes films of what a user gives, each with a gif and a contact sheet. All of it is checked before the first."""
   cell = studio.parts.codec.spatial
   for order in orders:
-    latent_shape(studio.parts.codec, order.request.frames, order.request.height, order.request.width)
+    size = order.request.frames, order.request.height, order.request.width
+    latent_shape(studio.parts.codec, *size, studio.parts.size.patch)
     lay_out(order.request, cell)
   studio.prepare([order.prompt for order in orders])
   for order in tqdm(orders, desc="films", unit="film", disable=len(orders) == 1 or not meshes.leads()):

@@ -28,13 +28,17 @@ class Codec(Protocol):
   def decode(self, latents: Latents) -> Frames: ...
 
 
-def latent_shape(codec: Codec, frames: int, height: int, width: int) -> tuple[int, int, int]:
-  """(f, h, w) of a clip. Raises BadInput for a size that the codec cannot hold."""
-  m, s = codec.temporal, codec.spatial
+def latent_shape(codec: Codec, frames: int, height: int, width: int, patch: int = 1) -> tuple[int, int, int]:
+  """(f, h, w) of a clip. Raises BadInput for a size that the codec cannot hold, or the network not cut into patches.
+
+  patch: latent cells a side of what is one token.
+  """
+  m, s = codec.temporal, codec.spatial * patch
   if frames < 1 or (frames - 1) % m:
     raise BadInput(f"{frames} frames do not fit a codec of temporal stride {m}: take 1 + {m}k, "
                    f"for example {1 + m * max(0, (frames - 1) // m)}.")
   if height % s or width % s or height < s or width < s:
-    raise BadInput(f"{height}x{width} pixels do not fit a codec of spatial stride {s}: take multiples of {s}, "
-                   f"for example {max(1, height // s) * s}x{max(1, width // s) * s}.")
-  return 1 + (frames - 1) // m, height // s, width // s
+    patches = f" under patches of {patch}" if patch > 1 else ""
+    raise BadInput(f"{height}x{width} pixels do not fit a codec of spatial stride {codec.spatial}{patches}: take "
+                   f"multiples of {s}, for example {max(1, height // s) * s}x{max(1, width // s) * s}.")
+  return 1 + (frames - 1) // m, height // codec.spatial, width // codec.spatial
