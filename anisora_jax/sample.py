@@ -42,7 +42,8 @@ NO_TEXT = flags.DEFINE_bool("no_text", False, "Say in the prompt that there is n
 FRAMES = flags.DEFINE_integer("frames", None, "Frames of the film; by default as in training.", lower_bound=1)
 HEIGHT = flags.DEFINE_integer("height", None, "Rows of pixels; by default as in training.", lower_bound=1)
 WIDTH = flags.DEFINE_integer("width", None, "Columns of pixels; by default as in training.", lower_bound=1)
-FIT = flags.DEFINE_enum("fit", "", ["", "crop", "pad", "stretch"], "How pictures of another aspect come to size.")
+FIT = flags.DEFINE_enum("fit", "", ["", "crop", "pad", "stretch"], "How pictures of another aspect come to size; by "
+                        "default the one that gives the film its size does as published, and others are refused.")
 SEED = flags.DEFINE_integer("seed", 0, "Of the noise: another seed, another film.", lower_bound=0)
 HELD_OUT = flags.DEFINE_integer("held_out", 0, "Remake so many held-out clips instead, and write a report.",
                                 lower_bound=0)
@@ -95,9 +96,9 @@ def main() -> None:
     orders = sample.orders_of(made, PROMPTS.value, frames, ending, out, SEED.value)
   else:
     first = FIRST.value or next((keyframes[frame] for frame in sorted(keyframes)), LAST.value)
-    size = sample.size_of(made, first, HEIGHT.value, WIDTH.value)
-    request = Request(frames, *size, made.config.data.fps, FIRST.value, LAST.value, keyframes, CLIP.value, KEEP.value,
-                      REGION.value, LOOP.value, FIT.value)
+    size = sample.size_of(made, first, sample.Asked(FRAMES.value, HEIGHT.value, WIDTH.value, FIT.value))
+    request = Request(**size, fps=made.config.data.fps, first=FIRST.value, last=LAST.value, keyframes=keyframes,
+                      clip=CLIP.value, keep=KEEP.value, region=REGION.value, loop=LOOP.value)
     orders = [sample.Order(request, f"{PROMPT.value} {ending}".strip(), out, SEED.value)]
   sample.make(made, orders)
   for order in orders:

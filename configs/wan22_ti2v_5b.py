@@ -4,7 +4,7 @@
     --config.data.records=out/records --out out/latents
   python -m anisora_jax.train --config configs/wan22_ti2v_5b.py:lora --config.pretrained=Wan2.2-TI2V-5B \\
     --config.data.records=out/latents --workdir out/ti2v
-  python -m anisora_jax.sample --workdir out/ti2v --first a.png --fit crop --prompt "..." --out film
+  python -m anisora_jax.sample --workdir out/ti2v --first a.png --prompt "..." --out film
 
 Its codec halves each side once more (4 x 16 x 16, 48 channels), so 5 s of 720p at 24 frames/s are 27,280 tokens.
 

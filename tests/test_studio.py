@@ -22,6 +22,7 @@ from transformers import AutoTokenizer
 
 from anisora_jax.errors import BadInput
 from anisora_jax.experiment import origin, sample, studio, train
+from anisora_jax.sampling import given
 from anisora_jax.sampling.request import Request, lay_out
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -258,6 +259,24 @@ def unread(recipe: str, **sampling) -> studio.Studio:
 def test_a_film_that_does_not_divide_into_patches_is_refused_before_weights_are_read(recipe, size, said):
   with pytest.raises(BadInput, match=said):
     sample.make(unread(recipe), [sample.Order(Request(5, *size, 16.0), "", Path("film"), 0)])
+
+
+@pytest.mark.parametrize("recipe, wide, tall, way", [("wan21_i2v_14b", 1344, 768, "stretch"),
+                                                     ("wan22_ti2v_5b", 1024, 1024, "crop")])
+def test_a_picture_that_gives_a_film_its_size_fits_it_as_published_and_no_other_shape_does(recipe, wide, tall, way,
+                                                                                          tmp_path):
+  picture = np.random.default_rng(0).integers(0, 256, (tall, wide, 3), np.uint8)
+  Image.fromarray(picture).save(tmp_path / "a.png")
+  Image.fromarray(picture[:tall // 2]).save(tmp_path / "b.png")
+  there, still = unread(recipe), str(tmp_path / "a.png")
+  size = sample.size_of(there, still, sample.Asked(5))
+  canvas, _ = lay_out(Request(**size, fps=16.0, first=still, last=still), there.parts.codec.spatial)
+  np.testing.assert_array_equal(canvas[[0, 4]], [given.FITS[way](picture, *canvas.shape[1:3])] * 2)
+  with pytest.raises(BadInput, match=r"b.png is .*add --fit crop"):
+    lay_out(Request(**size, fps=16.0, first=still, last=str(tmp_path / "b.png")), 8)
+  with pytest.raises(BadInput, match=r"a.png is .*add --fit crop"):
+    asked = sample.Asked(5, *canvas.shape[1:3])
+    lay_out(Request(**sample.size_of(there, still, asked), fps=16.0, first=still), 8)
 
 
 WRONG = {  # what is changed -> what is said

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,22 +54,39 @@ def out_of(word: str) -> Path:
   return path.with_name(name)
 
 
-def size_of(studio: Studio, picture: str, height: int | None, width: int | None) -> tuple[int, int]:
-  """(height, width) of a film: as asked, or sample.area pixels in the shape of its first picture, or as in training."""
-  like, settings = studio.parts.buckets[0], studio.config.sample
-  if height or width or not (settings.area and picture):
-    return height or like.height, width or like.width
-  tall, wide = given.read_first(picture).shape[:2]
-  cell = studio.parts.codec.spatial * studio.parts.size.patch
-  return prompts.size_of(tall, wide, settings.area, cell, settings.area_rule)
+@dataclass(frozen=True)
+class Asked:
+  """What is asked of a film's size, None where nothing is. fit: as of a Request."""
+
+  frames: int | None = None
+  height: int | None = None
+  width: int | None = None
+  fit: str = ""
+
+
+def size_of(studio: Studio, picture: str, asked: Asked) -> dict[str, Any]:
+  """The size of a film and how pictures come to it, as fields of a Request.
+
+  The size is as asked, or sample.area pixels in the shape of the first picture, which is then brought to it as upstream
+  does, or that of training.
+  """
+  bucket, settings = studio.parts.buckets[0], studio.config.sample
+  frames = asked.frames or bucket.frames
+  if asked.height or asked.width or not (settings.area and picture):
+    return dict(frames=frames, height=asked.height or bucket.height, width=asked.width or bucket.width, fit=asked.fit)
+  like = given.read_first(picture).shape[:2]
+  cell, rule = studio.parts.codec.spatial * studio.parts.size.patch, settings.area_rule
+  height, width = prompts.size_of(*like, settings.area, cell, rule)
+  made = dict(frames=frames, height=height, width=width)
+  return {**made, "fit": asked.fit} if asked.fit else {**made, "fit": prompts.FITS[rule], "like": like}
 
 
 def orders_of(studio: Studio, file: str, frames: int, ending: str, out: Path, seed: int) -> list[Order]:
   """The films of a prompt file of AniSora's form, OUT-000 and so on. ending: of every prompt. Raises BadInput."""
   made = []
   for number, line in enumerate(prompts.read_prompts(file)):
-    size = size_of(studio, line.images[0] if line.images else "", None, None)
-    request = Request(frames, *size, studio.config.data.fps, keyframes=prompts.keyframes(line, frames), fit="stretch")
+    size = size_of(studio, line.images[0] if line.images else "", Asked(frames, fit="stretch"))
+    request = Request(**size, fps=studio.config.data.fps, keyframes=prompts.keyframes(line, frames))
     made.append(Order(request, f"{line.prompt} {ending}".strip(), out.with_name(f"{out.name}-{number:03}"), seed))
   return made
 

@@ -120,6 +120,12 @@ FITS = {  # --fit: what to do with a picture of another aspect
 }
 
 
+def alike(one: tuple[int, int], other: tuple[int, int]) -> bool:
+  """Whether two sizes (height, width) are of one aspect, or so near that nobody sees it."""
+  off = (one[1] * other[0]) / (one[0] * other[1])
+  return 1 / (1 + TOLERANCE) <= off <= 1 + TOLERANCE
+
+
 def fit(film: Film, height: int, width: int, how: str | None = None,
         name: str = "the image") -> UInt8[np.ndarray, "F h w 3"]:
   """Brings frames to the size of the film to make.
@@ -127,8 +133,7 @@ def fit(film: Film, height: int, width: int, how: str | None = None,
   how: in FITS; without it an aspect that differs by more than 2 % is refused with BadInput. name: for that message.
   """
   tall, wide = film.shape[1:3]
-  off = (wide / tall) / (width / height)
-  if how is None and not 1 / (1 + TOLERANCE) <= off <= 1 + TOLERANCE:
+  if how is None and not alike((tall, wide), (height, width)):
     raise BadInput(f"{name} is {wide} x {tall} (aspect {wide / tall:.3f}), the film {width} x {height} "
                    f"({width / height:.3f}), allowed is 2 % of difference: add --fit crop, --fit pad or --fit stretch.")
   way = _scale if how is None else pick(FITS, how, "fit")

@@ -163,6 +163,12 @@ SIZES = {  # a model's task -> how the film's size follows from its first image
 }
 
 
+FITS = {  # the same -> how that image is brought to the size, in given.FITS
+  "i2v": "stretch",
+  "ti2v": "crop",
+}
+
+
 def size_of(height: int, width: int, area: int, cell: int, rule: str = "i2v") -> tuple[int, int]:
   """The (height, width) of a film of about, and never above, `area` pixels in the aspect of its first image.
 

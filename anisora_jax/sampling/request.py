@@ -18,7 +18,8 @@ class Request:
   first, last, keyframes (frame number -> file): stills. loop: the first still is also the last frame, which the film
   then leaves out. clip: a film whose first `keep` frames are given (continuation), or, with a region, all its pixels
   outside. region: white is given, black is made; without a clip the first still lies under it in every frame. fit: how
-  a picture of another aspect is brought to size, in given.FITS; "" refuses it.
+  a picture of another aspect is brought to size, in given.FITS; "" refuses it. like: (height, width) of the picture
+  from which the film has its size, whole cells of about its shape: `fit` is then of that shape alone.
   """
 
   frames: int
@@ -33,6 +34,7 @@ class Request:
   region: str = ""
   loop: bool = False
   fit: str = ""
+  like: tuple[int, int] | None = None
 
   def __post_init__(self):
     for frame in self.keyframes:
@@ -59,9 +61,16 @@ def parse_keyframes(words: list[str]) -> dict[int, str]:
   return frames
 
 
+def _fitted(request: Request, frames: np.ndarray, path: str) -> np.ndarray:
+  """Frames, or a mask of them, in the film's size."""
+  meant = request.like is None or given.alike(frames.shape[1:3], request.like)
+  fit = given.fit_mask if frames.dtype == bool else given.fit
+  return fit(frames, request.height, request.width, (meant and request.fit) or None, path)
+
+
 def _still(request: Request, path: str) -> UInt8[np.ndarray, "1 H W 3"]:
   """A still in the film's size; of an mp4 its first frame."""
-  return given.fit(given.read_first(path)[None], request.height, request.width, request.fit or None, path)
+  return _fitted(request, given.read_first(path)[None], path)
 
 
 def lay_out(request: Request, cell: int) -> tuple[UInt8[np.ndarray, "F H W 3"], Bool[np.ndarray, "F h w"]]:
@@ -74,11 +83,10 @@ def lay_out(request: Request, cell: int) -> tuple[UInt8[np.ndarray, "F H W 3"], 
   mask = np.zeros((request.frames, *size), bool)
   if request.clip:
     clip = given.read_film(request.clip, request.fps, request.frames if request.region else request.keep)
-    clip = given.fit(clip, *size, request.fit or None, request.clip)
-    canvas[:len(clip)] = clip
+    canvas[:len(clip)] = _fitted(request, clip, request.clip)
     mask[:request.keep or 1] = True
   if request.region:
-    region = given.fit_mask(given.read_mask(request.region), *size, request.fit or None, request.region)
+    region = _fitted(request, given.read_mask(request.region), request.region)
     if len(region) not in (1, request.frames):
       raise BadInput(f"region mask {request.region} has {len(region)} frames, the film {request.frames}: give a still, "
                      "or a film of the same length.")
