@@ -70,12 +70,20 @@ SETTINGS = {  # field of the config -> flag
 }
 
 
+FILM = [FIRST, LAST, KEYFRAME, CLIP, KEEP, REGION, LOOP, PROMPT]
+UNREAD = (  # what brings its own films -> flags that it does not read
+  (HELD_OUT, [*FILM, PROMPTS, MOTION, AESTHETIC, CAMERA, NO_TEXT, FRAMES, HEIGHT, WIDTH, FIT, SEED]),
+  (PROMPTS, FILM),
+)
+
+
 def main() -> None:
   """Reads the flags and calls the assembly."""
+  for whole, unread in UNREAD:
+    given = ", ".join(f"--{flag.name}" for flag in unread if flag.value != flag.default)
+    if whole.value and given:
+      raise BadInput(f"--{whole.name} brings its own films and does not read {given}: leave that out.")
   keyframes = parse_keyframes(KEYFRAME.value)
-  pictures = FIRST.value or LAST.value or CLIP.value or keyframes
-  if (HELD_OUT.value or PROMPTS.value) and pictures:
-    raise BadInput("--held_out and --prompts bring their own frames: leave out --first, --last, --keyframe and --clip.")
   if WORKDIR.value and entry.CONFIG.value is not None:
     raise BadInput(f"--config was given beside --workdir {WORKDIR.value}, a run, which has its own: leave out one of "
                    "them; settings of a run are flags, as --steps 4.")
@@ -90,13 +98,13 @@ def main() -> None:
   if HELD_OUT.value:
     sample.gallery(made, Path(WORKDIR.value or out), TASKS.value, HELD_OUT.value, SHOW.value)
     return
-  frames = FRAMES.value or made.parts.buckets[0].frames
+  asked = sample.Asked(FRAMES.value, HEIGHT.value, WIDTH.value, FIT.value)
   ending = prompts.suffix(AESTHETIC.value, MOTION.value, CAMERA.value, NO_TEXT.value)
   if PROMPTS.value:
-    orders = sample.orders_of(made, PROMPTS.value, frames, ending, out, SEED.value)
+    orders = sample.orders_of(made, PROMPTS.value, asked, ending, out, SEED.value)
   else:
     first = FIRST.value or next((keyframes[frame] for frame in sorted(keyframes)), LAST.value)
-    size = sample.size_of(made, first, sample.Asked(FRAMES.value, HEIGHT.value, WIDTH.value, FIT.value))
+    size = sample.size_of(made, first, asked)
     request = Request(**size, fps=made.config.data.fps, first=FIRST.value, last=LAST.value, keyframes=keyframes,
                       clip=CLIP.value, keep=KEEP.value, region=REGION.value, loop=LOOP.value)
     orders = [sample.Order(request, f"{PROMPT.value} {ending}".strip(), out, SEED.value)]

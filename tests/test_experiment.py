@@ -445,6 +445,10 @@ REQUESTS = {
   "a loop with an end": (dict(first="a.png", last="a.png", loop=True), "loop needs"),
   "a region over nothing": (dict(region="mask.png"), "--region needs"),
   "a clip for no use": (dict(clip="c.mp4"), "--clip needs --keep"),
+  "frames kept of no clip": (dict(first="a.png", keep=2), "add --clip film.mp4"),
+  "two pictures of the first frame": (dict(first="a.png", keyframes={0: "wide.png"}), "frame 0, a.png and wide.png"),
+  "two pictures of the last frame": (dict(last="a.png", keyframes={4: "wide.png"}), "frame 4, a.png and wide.png"),
+  "a loop's end drawn apart": (dict(first="a.png", loop=True, keyframes={4: "wide.png"}), "frame 4, a.png and"),
   "all frames kept": (dict(clip="c.mp4", keep=5), "take 1 .. 4"),
   "a missing still": (dict(first="none.png"), "does not exist"),
   "a text named png": (dict(first="text.png"), "is not an image"),
@@ -472,6 +476,8 @@ def test_malformed_keyframes_are_refused():
   for word in ("12", "=a.png", "x=a.png", "3="):
     with pytest.raises(BadInput, match="FRAME=IMAGE"):
       parse_keyframes([word])
+  with pytest.raises(BadInput, match=r"two pictures are given for frame 3, a\.png and b\.png: leave out one"):
+    parse_keyframes(["3=a.png", "03=b.png"])
   assert parse_keyframes(["0=a.png", "12=b=c.png"]) == {0: "a.png", 12: "b=c.png"}
 
 

@@ -3,6 +3,7 @@
 import importlib
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import published
 import pytest
 import test_encoders
 import test_vae
+from absl import flags
+from absl.testing import flagsaver
 from compare import apart
 from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline
 from drawn import packed
@@ -217,8 +220,55 @@ def test_a_prompt_file_becomes_films_in_the_shape_of_their_pictures(download, st
   for number, size in enumerate([(48, 32), (48, 16), (48, 32)]):
     with Image.open(tmp_path / f"film-00{number}.gif") as film:
       assert film.n_frames > 1 and np.isclose(film.width / film.height, size[0] / size[1])
-  wrong = subprocess.run([*command, "--first=a.png"], cwd=ROOT, capture_output=True, text=True, timeout=300)
-  assert wrong.returncode == 2 and wrong.stderr.splitlines()[-1].startswith("error: --held_out and --prompts bring")
+
+
+@pytest.fixture(scope="module")
+def program():
+  """The entry point, its flags in the place of those of another that a test of this process may have read."""
+  theirs = {name: flags.FLAGS[name] for name in ("workdir", "out") if name in flags.FLAGS}
+  for name in theirs:
+    delattr(flags.FLAGS, name)
+  module = importlib.import_module("anisora_jax.sample")
+  yield module
+  for flag in flags.FLAGS.get_flags_for_module(module.__name__):
+    delattr(flags.FLAGS, flag.name)
+  del sys.modules[module.__name__]
+  for name, flag in theirs.items():
+    flags.FLAGS[name] = flag
+
+
+@pytest.mark.parametrize("words, said", [
+  ("--prompts=a.txt --first=a.png --region=m.png --keep=3 --loop --prompt=cat",
+   "does not read --first, --keep, --region, --loop, --prompt:"),
+  ("--held_out=1 --prompts=a.txt --frames=9 --height=32 --width=32 --motion=2 --seed=4",
+   "does not read --prompts, --motion, --frames, --height, --width, --seed:"),
+  ("--held_out=1 --keyframe=3=a.png --loop --fit=crop", "does not read --keyframe, --loop, --fit:"),
+])
+def test_flags_that_would_do_nothing_are_refused_by_name(program, words, said):
+  with flagsaver.flagsaver():
+    flags.FLAGS(["sample", *words.split()])
+    with pytest.raises(BadInput, match=said):
+      program.main()
+
+
+def test_a_prompt_file_s_films_are_of_the_size_that_is_asked_for(tmp_path):
+  Image.new("RGB", (64, 32)).save(tmp_path / "a.png")
+  (tmp_path / "lines.txt").write_text("a cat@@a.png\n")
+
+  def request(**asked):
+    return sample.orders_of(there, lines, sample.Asked(9, **asked), "", tmp_path / "a", 0)[0].request
+
+  lines, there = str(tmp_path / "lines.txt"), unread("wan21_i2v_14b")
+  assert (request().height, request().width, request().fit) == (432, 880, "stretch")  # 2 : 1 of 480 x 832 pixels
+  sized = request(height=64, width=96)
+  assert (sized.height, sized.width, sized.fit, request(fit="pad").fit) == (64, 96, "", "pad")
+
+
+def test_guidance_of_a_second_expert_that_is_not_there_is_refused():
+  for recipe, there in (("wan22_i2v_a14b", True), ("wan21_i2v_14b", False)):
+    config = unread(recipe).config
+    with nullcontext() if there else pytest.raises(BadInput, match="--guidance_low is of the second of two experts"):
+      assert studio.changed(config, {"sample.guidance_low": 2.0}).sample.guidance_low == 2
 
 
 def test_a_network_without_a_mask_is_given_whole_latent_frames_or_refuses(tokens, still, tmp_path):

@@ -81,12 +81,15 @@ def size_of(studio: Studio, picture: str, asked: Asked) -> dict[str, Any]:
   return {**made, "fit": asked.fit} if asked.fit else {**made, "fit": prompts.FITS[rule], "like": like}
 
 
-def orders_of(studio: Studio, file: str, frames: int, ending: str, out: Path, seed: int) -> list[Order]:
-  """The films of a prompt file of AniSora's form, OUT-000 and so on. ending: of every prompt. Raises BadInput."""
+def orders_of(studio: Studio, file: str, asked: Asked, ending: str, out: Path, seed: int) -> list[Order]:
+  """The films of a prompt file of AniSora's form, OUT-000 and so on. ending: of every prompt. Raises BadInput.
+
+  What brings a line's first picture to the film's size brings all of them, as AniSora does.
+  """
   made = []
   for number, line in enumerate(prompts.read_prompts(file)):
-    size = size_of(studio, line.images[0] if line.images else "", Asked(frames, fit="stretch"))
-    request = Request(**size, fps=studio.config.data.fps, keyframes=prompts.keyframes(line, frames))
+    size = {**size_of(studio, line.images[0] if line.images else "", asked), "like": None}
+    request = Request(**size, fps=studio.config.data.fps, keyframes=prompts.keyframes(line, size["frames"]))
     made.append(Order(request, f"{line.prompt} {ending}".strip(), out.with_name(f"{out.name}-{number:03}"), seed))
   return made
 

@@ -233,8 +233,13 @@ def _of(config: ConfigDict, count: int | None) -> Parts:
 
 
 def changed(config: ConfigDict, changes: Mapping[str, object]) -> ConfigDict:
-  """The config with other values of some fields, "sample.steps" or "pretrained"; None leaves one as it is."""
+  """The config with other values of some fields, "sample.steps" or "pretrained"; None leaves one as it is.
+
+  Raises BadInput for the guidance of a second expert that is not there.
+  """
   config.update_from_flattened_dict({name: value for name, value in changes.items() if value is not None})
+  if changes.get("sample.guidance_low") is not None and not config.sample.boundary:
+    raise BadInput("--guidance_low is of the second of two experts, and here is one network: give --guidance.")
   return config
 
 

@@ -44,6 +44,12 @@ class Request:
       raise BadInput("a loop needs --first and no --last: its last frame is the first still.")
     if self.keep and not 0 < self.keep < self.frames:
       raise BadInput(f"--keep {self.keep} of a film of {self.frames} frames: take 1 .. {self.frames - 1}.")
+    if self.keep and not self.clip:
+      raise BadInput(f"--keep {self.keep} is of the frames of a clip: add --clip film.mp4.")
+    ends = {0: self.first, self.frames - 1: self.first if self.loop else self.last}
+    for frame, path in ends.items():
+      if path and frame in self.keyframes:
+        raise BadInput(f"two pictures are given for frame {frame}, {path} and {self.keyframes[frame]}: leave out one.")
     if self.clip and not (self.keep or self.region):
       raise BadInput("--clip needs --keep N to go on from its first N frames, or --region to redraw a part of it.")
     if self.region and not (self.clip or self.first):
@@ -57,7 +63,9 @@ def parse_keyframes(words: list[str]) -> dict[int, str]:
     number, equals, path = word.partition("=")
     if not equals or not number.strip().isdecimal() or not path:
       raise BadInput(f"keyframe {word!r} is not of the form FRAME=IMAGE, for example 12=pose.png.")
-    frames[int(number)] = path
+    other = frames.setdefault(int(number), path)
+    if other != path:
+      raise BadInput(f"two pictures are given for frame {int(number)}, {other} and {path}: leave out one.")
   return frames
 
 
