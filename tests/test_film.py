@@ -2,6 +2,7 @@
 
 import errno
 import os
+from dataclasses import replace
 from fractions import Fraction
 
 import av
@@ -12,6 +13,7 @@ from skimage.metrics import peak_signal_noise_ratio
 
 from anisora_jax.errors import BadInput
 from anisora_jax.sampling import film, given, sheet
+from anisora_jax.sampling.request import Request, lay_out
 
 
 def smooth(frames=7, height=34, width=50):
@@ -226,6 +228,17 @@ def test_white_of_a_mask_is_given(tmp_path):
   moving = np.stack([np.roll(mask, shift, 0) for shift in range(3)])
   film.write_mp4(tmp_path / "m.mp4", moving[..., None].repeat(3, -1).astype(np.uint8) * 255, 8.0)
   assert (given.read_mask(tmp_path / "m.mp4") == moving).mean() > .99
+
+
+def test_a_mask_film_keeps_the_pace_of_the_clip_it_is_painted_for(tmp_path):
+  hidden = (np.arange(6) == np.arange(9)[:, None] % 6)[:, None].repeat(32, 1).repeat(8, 2)  # a column that travels
+  film.write_mp4(tmp_path / "m.mp4", ~hidden[..., None].repeat(3, -1) * np.uint8(255), 24.0)
+  film.write_mp4(tmp_path / "c.mp4", smooth(9, 32, 48), 24.0)
+  request = Request(5, 32, 48, 12.0, clip=str(tmp_path / "c.mp4"), region=str(tmp_path / "m.mp4"))
+  mask = lay_out(request, 8)[1]
+  np.testing.assert_array_equal(mask[1:], ~hidden[2::2, ::8, ::8])
+  with pytest.raises(BadInput, match=r"m.mp4 has 5 frames at 12 frames a second, 6 are wanted"):
+    lay_out(replace(request, clip="", first=str(tmp_path / "c.mp4"), frames=6), 8)
 
 
 @pytest.mark.parametrize("how", [None, "stretch", "crop", "pad"])

@@ -82,13 +82,14 @@ def read_first(path: str | Path) -> Picture:
   return read_film(path, count=1)[0] if Path(path).suffix.lower() in FILMS else read_image(path)
 
 
-def read_mask(path: str | Path) -> Bool[np.ndarray, "F H W"]:
+def read_mask(path: str | Path, fps: float | None = None, count: int | None = None) -> Bool[np.ndarray, "F H W"]:
   """A region mask from a still (F = 1) or a film: white is given and kept, black (or transparent) is generated.
 
-  Raises BadInput for a file that cannot be read and for a mask that hides nothing.
+  fps, count: of a film, as of `read_film`. Raises BadInput for a file that cannot be read and for a mask that hides
+  nothing.
   """
   path = Path(path)
-  frames = read_film(path) if path.suffix.lower() in FILMS else np.asarray(_still(path, "black"))[None]
+  frames = read_film(path, fps, count) if path.suffix.lower() in FILMS else np.asarray(_still(path, "black"))[None]
   mask = frames.mean(-1) >= 128
   if mask.all():
     raise BadInput(f"region mask {path} hides no pixel, it is all white: paint black what is to be generated.")

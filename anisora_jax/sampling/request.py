@@ -17,9 +17,10 @@ class Request:
 
   first, last, keyframes (frame number -> file): stills. loop: the first still is also the last frame, which the film
   then leaves out. clip: a film whose first `keep` frames are given (continuation), or, with a region, all its pixels
-  outside. region: white is given, black is made; without a clip the first still lies under it in every frame. fit: how
-  a picture of another aspect is brought to size, in given.FITS; "" refuses it. like: (height, width) of the picture
-  from which the film has its size, whole cells of about its shape: `fit` is then of that shape alone.
+  outside. region: white is given, black is made; without a clip the first still lies under it in every frame; a film of
+  masks has the pace of a clip. fit: how a picture of another aspect is brought to size, in given.FITS;
+  "" refuses it. like: (height, width) of the picture from which the film has its size, whole cells of about its shape:
+  `fit` is then of that shape alone.
   """
 
   frames: int
@@ -94,10 +95,8 @@ def lay_out(request: Request, cell: int) -> tuple[UInt8[np.ndarray, "F H W 3"], 
     canvas[:len(clip)] = _fitted(request, clip, request.clip)
     mask[:request.keep or 1] = True
   if request.region:
-    region = _fitted(request, given.read_mask(request.region), request.region)
-    if len(region) not in (1, request.frames):
-      raise BadInput(f"region mask {request.region} has {len(region)} frames, the film {request.frames}: give a still, "
-                     "or a film of the same length.")
+    region = given.read_mask(request.region, request.fps, request.frames)
+    region = _fitted(request, region, request.region)
     if not request.clip:
       canvas[:] = _still(request, request.first)
     mask |= region
