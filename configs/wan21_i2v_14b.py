@@ -22,5 +22,6 @@ def get_config(mode: str = "full") -> ConfigDict:
   config = wan.recipe("wan21_i2v_14b", mode, "81x480x832@8")
   wan.only(config, first=1.0)
   config.loss.drop_condition = 0.0  # it was never asked without a picture
+  config.sample.shift = 3.0  # at 480p, as published; 720p: --shift 5
   config.sample.negative = NEGATIVES["wan21_i2v"]
   return config

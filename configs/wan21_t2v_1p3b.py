@@ -21,6 +21,7 @@ def get_config(mode: str = "full") -> ConfigDict:
   config = wan.recipe("wan21_t2v_1p3b", mode, "81x480x832@8")
   wan.only(config, none=1.0)
   config.loss.drop_condition = 0.0
+  config.sample.steps = 50
   config.sample.shift = 3.0  # at 480p
   config.times.shift = 3.0
   config.sample.guidance = 6.0

@@ -69,6 +69,18 @@ def test_anisora_samples_at_its_eight_timesteps_without_a_second_pass():
   assert config.sample.guidance == 1 and SOLVERS[config.sample.solver] is SOLVERS["unipc"]
 
 
+@pytest.mark.parametrize("name, steps, shift", [("wan21_i2v_14b", 40, 3.0), ("wan22_i2v_a14b", 40, 5.0),
+                                                ("anisora_v3", 8, 5.0)])
+def test_image_to_video_samples_by_the_published_steps_and_shift(name, steps, shift):
+  """From: generate.py of Wan2.1 and Wan2.2, at 832 x 480; AniSora's README."""
+  settings = read(name).sample
+  assert (settings.steps, settings.shift) == (steps, shift)
+
+
+def test_text_to_video_takes_fifty_steps_as_published():
+  assert read("wan21_t2v_1p3b").sample.steps == read("wan22_ti2v_5b").sample.steps == 50
+
+
 def test_the_experts_share_forty_steps_as_published():
   config = read("wan22_i2v_a14b", "high")
   assert [(expert, len(range(40)[rows])) for expert, rows in sampler.pieces(told(config), config.sample.boundary)
