@@ -1,4 +1,4 @@
-"""Wan 2.2 image-to-video A14B, and AniSora V3.2: two experts, of which a run tunes one.
+"""Wan 2.2 image-to-video A14B: two experts, of which a run tunes one.
 
   python -m anisora_jax.encode --config configs/wan22_i2v_a14b.py --config.pretrained=Wan2.2-I2V-A14B \\
     --config.data.records=out/records --out out/latents

@@ -23,6 +23,7 @@ RECIPES = {  # config, word -> trained parameters of a network of this size
   ("anisora_v3", "lora"): "wan21_i2v_14b",
   ("wan22_i2v_a14b", "high"): "wan22_i2v_a14b",
   ("wan22_i2v_a14b", "low_lora"): "wan22_i2v_a14b",
+  ("anisora_v32", "high_lora"): "wan22_i2v_a14b",
   ("wan22_ti2v_5b", "full"): "wan22_ti2v_5b",
   ("pusa", "lora"): "wan21_t2v_14b",
 }
@@ -63,14 +64,22 @@ def told(config) -> plans.Plan:
   return plans.sync(sigmas, np.ones(2, np.float32), settings.whole)
 
 
-def test_anisora_samples_at_its_eight_timesteps_without_a_second_pass():
-  config = read("anisora_v3")
+@pytest.mark.parametrize("name", ["anisora_v3", "anisora_v32"])
+def test_anisora_samples_at_its_eight_timesteps_without_a_second_pass(name):
+  config = read(name)
   assert np.round(1000 * told(config).told[:, 0]).tolist() == [999, 972, 937, 892, 833, 749, 624, 416]
   assert config.sample.guidance == 1 and SOLVERS[config.sample.solver] is SOLVERS["unipc"]
+  assert config.sample.guidance_low < 0  # as the first expert
+  assert config.tasks == read("anisora_v3").tasks and config.loss == read("anisora_v3").loss
+
+
+def test_the_experts_of_anisora_share_its_eight_steps_three_to_five():
+  pieces = sampler.pieces(told(read("anisora_v32")), read("anisora_v32").sample.boundary)
+  assert [(expert, len(range(8)[rows])) for expert, rows in pieces] == [(0, 3), (1, 5)]
 
 
 @pytest.mark.parametrize("name, steps, shift", [("wan21_i2v_14b", 40, 3.0), ("wan22_i2v_a14b", 40, 5.0),
-                                                ("anisora_v3", 8, 5.0)])
+                                                ("anisora_v3", 8, 5.0), ("anisora_v32", 8, 5.0)])
 def test_image_to_video_samples_by_the_published_steps_and_shift(name, steps, shift):
   """From: generate.py of Wan2.1 and Wan2.2, at 832 x 480; AniSora's README."""
   settings = read(name).sample
