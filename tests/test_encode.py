@@ -165,6 +165,19 @@ def test_what_stops_it_changes_nothing_of_what_it_makes(blow, records, tmp_path,
   assert said[-1].endswith("is complete already") and len(calls) == again
 
 
+def test_settings_bind_a_folder_from_its_first_finished_part_on(records, tmp_path):
+  mistaken, mended = tiny.get_config(), tiny.get_config()
+  for made in (mistaken, mended):
+    made.data.records, made.data.buckets = str(records), "9x32x48@8"
+  mistaken.data.views = 9
+  encode.begin(mistaken, tmp_path / "out", print)
+  settings, complete = encode.begin(mended, tmp_path / "out", print)
+  assert not complete and json.loads((tmp_path / "out" / encode.SETTINGS).read_text()) == settings
+  encode.note_of(tmp_path / "out" / "9x32x48-train-00000.arrayrecord").touch()
+  with pytest.raises(BadInput, match=r"holds latents of other settings \(views: 4 -> 9\)"):
+    encode.begin(mistaken, tmp_path / "out", print)
+
+
 def test_an_image_to_video_network_trains_on_latents_the_same_on_every_mesh(encoded, download, tmp_path):
   losses = []
   for number, axes in enumerate([{"fsdp": 8}, {"fsdp": 2, "data": 2, "seq": 2}]):
@@ -217,6 +230,8 @@ def wrong(case: str, records: Path, encoded: Path, download, tmp_path: Path) -> 
     encode.encode(config(records, download, loss__drop_condition=2.0), tmp_path / "out", 8)
   elif case == "latents again":
     encode.encode(config(encoded, download), tmp_path / "out", 8)
+  elif case == "weights that are not there":
+    encode.encode(config(records, download, codec__weights="nowhere.pth"), tmp_path / "out", 8)
   elif case == "no weights":
     made = config(records, download)
     made.pretrained = ""
@@ -244,6 +259,7 @@ WRONG = {
   "another number of views": "holds latents of other settings (views: 2 -> 3)",
   "conditions dropped twice": "drop_condition = 2.0 is no share: take 0 .. 1",
   "latents again": "holds latents already",
+  "weights that are not there": "codec.weights nowhere.pth does not exist: give --config.codec.weights=PATH",
   "no weights": "give --config.codec.weights=PATH, or --config.pretrained=FOLDER",
   "a download without a VAE": "holds none of Wan2.1_VAE.pth, Wan2.2_VAE.pth, vae",
   "a batch of 3": "does not divide by the 8 devices",

@@ -282,9 +282,10 @@ def write_part(config: ConfigDict, tools: Encoders, job: Job, part: Path, number
 
 
 def begin(config: ConfigDict, out: Path, say: Callable[[str], None]) -> tuple[dict[str, Any], bool]:
-  """(the settings, whether the folder is complete). Raises BadInput for a folder of other settings."""
+  """(the settings, whether the folder is complete). Raises BadInput for a folder with clips of other settings."""
   settings, path = settings_of(config), out / SETTINGS
-  if path.is_file():
+  # Settings by which no part was finished yet may have been a mistake, and bind nobody.
+  if path.is_file() and any(out.glob(note_of(out / "*").name)):
     changed = workdir.differences(json.loads(path.read_text()), settings)
     if changed:
       raise BadInput(f"{out} holds latents of other settings ({'; '.join(f'{k}: {v}' for k, v in changed.items())}): "

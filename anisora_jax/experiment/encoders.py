@@ -42,6 +42,8 @@ def place(config: ConfigDict, field: str) -> Path:
   """Where the weights of a field of PLACES lie: as the field says, else in config.pretrained. Raises BadInput."""
   section, name = field.split(".")
   said, folder = config[section][name], Path(config.pretrained)
+  if said and not Path(said).exists():
+    raise BadInput(f"{field} {said} does not exist: give --config.{field}=PATH of a file or folder that is there.")
   if said:
     return Path(said)
   if not config.pretrained:
