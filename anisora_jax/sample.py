@@ -47,8 +47,8 @@ FIT = flags.DEFINE_enum("fit", "", ["", "crop", "pad", "stretch"], "How pictures
 SEED = flags.DEFINE_integer("seed", 0, "Of the noise: another seed, another film.", lower_bound=0)
 HELD_OUT = flags.DEFINE_integer("held_out", 0, "Remake so many held-out clips instead, and write a report.",
                                 lower_bound=0)
-TASKS = flags.DEFINE_list("tasks", ["first", "first_last", "keyframes", "continuation", "character"],
-                          "Tasks of the held-out clips.")
+TASKS = flags.DEFINE_list("tasks", None, "Tasks of the held-out clips; by default first,first_last,keyframes,"
+                          "continuation,character, and of a network without a mask first,continuation.")
 SHOW = flags.DEFINE_integer("show", 2, "Held-out clips of each task that become films.", lower_bound=0)
 ADAPTERS = flags.DEFINE_string("adapters", "", "Adapter files to add: FILE, FILE=0.8, low_noise:FILE, with commas.")
 SETTINGS = {  # field of the config -> flag
@@ -96,7 +96,7 @@ def main() -> None:
   else:
     made = studio.open_weights(entry.config(), changes, ADAPTERS.value)
   if HELD_OUT.value:
-    sample.gallery(made, Path(WORKDIR.value or out), TASKS.value, HELD_OUT.value, SHOW.value)
+    sample.gallery(made, Path(WORKDIR.value or out), TASKS.value or (), HELD_OUT.value, SHOW.value)
     return
   asked = sample.Asked(FRAMES.value, HEIGHT.value, WIDTH.value, FIT.value)
   ending = prompts.suffix(AESTHETIC.value, MOTION.value, CAMERA.value, NO_TEXT.value)

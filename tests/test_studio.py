@@ -25,6 +25,7 @@ from transformers import AutoTokenizer
 
 from anisora_jax.errors import BadInput
 from anisora_jax.experiment import origin, sample, studio, train
+from anisora_jax.loaders import buckets
 from anisora_jax.sampling import given
 from anisora_jax.sampling.request import Request, lay_out
 
@@ -296,7 +297,7 @@ def test_a_network_without_a_mask_is_given_whole_latent_frames_or_refuses(tokens
 def unread(recipe: str, **sampling) -> studio.Studio:
   """A studio of a recipe's full size, whose weights are nowhere: what it refuses, it refuses before it reads any."""
   config = importlib.import_module(f"configs.{recipe}").get_config()
-  config.model.kernel = "dense"  # cudnn needs a GPU
+  config.model.kernel, config.lora.rank = "dense", 0  # cudnn needs a GPU, adapters a base
   config.sample.update(sampling)
   return studio.Studio(config, studio._of(config, 1), studio.Rack([]), "")
 
@@ -327,6 +328,27 @@ def test_a_picture_that_gives_a_film_its_size_fits_it_as_published_and_no_other_
   with pytest.raises(BadInput, match=r"a.png is .*add --fit crop"):
     asked = sample.Asked(5, *canvas.shape[1:3])
     lay_out(Request(**sample.size_of(there, still, asked), fps=16.0, first=still), 8)
+
+
+def test_what_a_network_without_a_mask_cannot_see_is_refused_before_the_first_film(tmp_path):
+  Image.new("RGB", (48, 32)).save(tmp_path / "a.png")
+  (tmp_path / "lines.txt").write_text("a cat@@a.png\n\nthe moon@@a.png,a.png&&0,1\n")
+  there = unread("pusa")
+  orders = sample.orders_of(there, str(tmp_path / "lines.txt"), sample.Asked(9, 32, 48), "", tmp_path / "a", 0)
+  with pytest.raises(BadInput, match=r"lines.txt, line 3: .* noise time alone, and of frames 5 \.\. 8 only a part"):
+    sample.make(there, orders)
+
+
+@pytest.mark.parametrize("recipe", ["pusa", "wan22_ti2v_5b", "wan21_t2v_1p3b"])
+def test_held_out_clips_are_made_under_tasks_that_the_network_can_be_told_of(recipe):
+  there = unread(recipe)
+  there = replace(there, parts=replace(there.parts, buckets=buckets.parse("17x32x64@8")))
+  sample.check_tasks(there, sample.shown_tasks(there), 4)
+  for task in ("last", "box"):
+    with pytest.raises(BadInput, match=rf"task '{task}': .* told of given frames by their noise time alone"):
+      sample.check_tasks(there, ["none", task], 4)
+  with pytest.raises(BadInput, match="did you mean 'first'"):
+    sample.check_tasks(there, ["none", "frst"], 1)
 
 
 WRONG = {  # what is changed -> what is said

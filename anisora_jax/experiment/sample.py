@@ -35,13 +35,14 @@ ENDINGS = (".mp4", ".gif", ".png")  # of what is written of one film
 class Order:
   """One film to make: what is given, its caption, where it goes (OUT.mp4, .gif and .png), and the seed of its noise.
 
-  out: a name to which these endings are added, so that it may hold dots.
+  out: a name to which these endings are added, so that it may hold dots. line: of a prompt file, for messages.
   """
 
   request: Request
   prompt: str
   out: Path
   seed: int
+  line: str = ""
 
 
 def out_of(word: str) -> Path:
@@ -90,7 +91,8 @@ def orders_of(studio: Studio, file: str, asked: Asked, ending: str, out: Path, s
   for number, line in enumerate(prompts.read_prompts(file)):
     size = {**size_of(studio, line.images[0] if line.images else "", asked), "like": None}
     request = Request(**size, fps=studio.config.data.fps, keyframes=prompts.keyframes(line, size["frames"]))
-    made.append(Order(request, f"{line.prompt} {ending}".strip(), out.with_name(f"{out.name}-{number:03}"), seed))
+    made.append(Order(request, f"{line.prompt} {ending}".strip(), out.with_name(f"{out.name}-{number:03}"), seed,
+                      f"{file}, line {line.number}: "))
   return made
 
 
@@ -98,9 +100,12 @@ def make(studio: Studio, orders: Sequence[Order]) -> None:
   """Makes films of what a user gives, each with a gif and a contact sheet. All of it is checked before the first."""
   cell = studio.parts.codec.spatial
   for order in orders:
-    size = order.request.frames, order.request.height, order.request.width
-    latent_shape(studio.parts.codec, *size, studio.parts.size.patch)
-    lay_out(order.request, cell)
+    try:
+      size = order.request.frames, order.request.height, order.request.width
+      latent_shape(studio.parts.codec, *size, studio.parts.size.patch)
+      studio.refuse_unseen(lay_out(order.request, cell)[1][None])
+    except BadInput as mistake:
+      raise BadInput(f"{order.line}{mistake}") from None
   studio.prepare([order.prompt for order in orders])
   for order in tqdm(orders, desc="films", unit="film", disable=len(orders) == 1 or not meshes.leads()):
     canvas, mask = lay_out(order.request, cell)
@@ -130,6 +135,28 @@ def task_masks(studio: Studio, task: str, character: Bool[np.ndarray, "b F H W"]
   key = keys.key(studio.config.seed, number, "task")
   draw = jax.vmap(lambda cells: pick(TASKS, task, "task")(key, Scene(cells, codec.temporal)))
   return np.asarray(draw(cells_touched(jnp.asarray(character), codec.spatial)))
+
+
+def shown_tasks(studio: Studio) -> tuple[str, ...]:
+  """Tasks of held-out clips, of those that the network can be told of."""
+  if studio.parts.size.given:
+    return "first", "first_last", "keyframes", "continuation", "character"
+  return ("first", "continuation") if studio.config.sample.multiplier != 1 else ("none",)
+
+
+def check_tasks(studio: Studio, tasks: Sequence[str], count: int) -> None:
+  """Raises BadInput for a task that there is not, or that gives what the network could not see.
+
+  count: batches, each of which draws its own masks.
+  """
+  bucket = studio.parts.buckets[0]
+  nobody = np.zeros((1, bucket.frames, bucket.height, bucket.width), bool)
+  for task in tasks:
+    for mask in [task_masks(studio, task, nobody, number) for number in range(count)]:
+      try:
+        studio.refuse_unseen(mask)
+      except BadInput as mistake:
+        raise BadInput(f"task {task!r}: {mistake}") from None
 
 
 @dataclass(frozen=True)
@@ -189,11 +216,16 @@ def exhibit(one: Shown, path: Path, fps: float) -> page.Exhibit:
 
 def gallery(studio: Studio, folder: Path, tasks: Sequence[str], count: int, show: int,
             say: Callable[[str], None] = print) -> list[page.Score]:
-  """Remakes held-out clips under each task; writes films, sheets, scores.json and report.html into folder/samples."""
+  """Remakes held-out clips under each task; writes films, sheets, scores.json and report.html into folder/samples.
+
+  tasks: none for `shown_tasks`.
+  """
   out, bucket = folder / "samples", studio.parts.buckets[0]
   if studio.parts.encoded:
     raise BadInput(f"{folder} was trained on latents, and held-out films are measured against clips: add --records "
                    "FOLDER, the clips that were encoded.")
+  tasks = tasks or shown_tasks(studio)
+  check_tasks(studio, tasks, 1 if studio.parts.size.given else count)
   scores, exhibits = [], []
   for task in tasks:
     shown = compare(studio, task, count, bucket)

@@ -142,6 +142,7 @@ class Studio:
   def latents(self, frames: Films, mask: Masks, captions: Sequence[str], noise: jax.Array | None = None,
               number: int = 0) -> jax.Array:
     """Makes a batch of films as latents. As `films`; noise: to start from, by default drawn for `number`."""
+    self.refuse_unseen(mask)
     settings, mesh = self.config.sample, self.parts.mesh
     text, negative = (meshes.everywhere(mesh, self.text(words))
                       for words in (captions, [settings.negative] * len(captions)))
@@ -150,8 +151,6 @@ class Studio:
     if settings.multiplier == 1:
       given = given.told_by_mask_alone()
     frozen = np.asarray(given.frozen).all(0)
-    if not self.parts.size.given:
-      self._refuse_unseen(np.asarray(given.mask).any((0, 2, 3, 4)) & ~frozen)
     sigmas = np.asarray(schedule(settings.steps, settings.shift, settings.start, settings.end), np.float32)
     plan = plans.sync(sigmas, np.where(frozen, settings.multiplier, 1.0).astype(np.float32), settings.whole)
     if noise is None:
@@ -162,11 +161,15 @@ class Studio:
     held = given.held & ~(frozen & (settings.multiplier > 0))[:, None, None, None]
     return jnp.where(held, given.known, x)
 
-  def _refuse_unseen(self, frames: Bool[np.ndarray, "f"]) -> None:
-    """Raises BadInput for latent frames of which something is given that the network could not see."""
-    if not frames.any():
+  def refuse_unseen(self, mask: Masks) -> None:
+    """Raises BadInput for latent frames of which something is given that a network without a mask could not see."""
+    stride = self.parts.codec.temporal
+    packed = np.asarray(conditions.pack(jnp.asarray(mask), stride)) > 0
+    told = packed.all((0, 2, 3, 4)) & (self.config.sample.multiplier != 1)
+    frames = packed.any((0, 2, 3, 4)) & ~told
+    if self.parts.size.given or not frames.any():
       return
-    stride, number = self.parts.codec.temporal, int(frames.argmax())
+    number = int(frames.argmax())
     covered = f"frames {stride * (number - 1) + 1} .. {stride * number}" if number else "frame 0"
     raise BadInput(f"model size {self.config.model.size!r} is told of given frames by their noise time alone, and of "
                    f"{covered} only a part is given" + (" with sample.multiplier = 1" if not number else "") +
