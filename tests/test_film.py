@@ -237,6 +237,7 @@ def test_a_mask_film_keeps_the_pace_of_the_clip_it_is_painted_for(tmp_path):
   request = Request(5, 32, 48, 12.0, clip=str(tmp_path / "c.mp4"), region=str(tmp_path / "m.mp4"))
   mask = lay_out(request, 8)[1]
   np.testing.assert_array_equal(mask[1:], ~hidden[2::2, ::8, ::8])
+  assert mask[0].all()  # whatever is painted there
   with pytest.raises(BadInput, match=r"m.mp4 has 5 frames at 12 frames a second, 6 are wanted"):
     lay_out(replace(request, clip="", first=str(tmp_path / "c.mp4"), frames=6), 8)
 

@@ -17,10 +17,10 @@ class Request:
 
   first, last, keyframes (frame number -> file): stills. loop: the first still is also the last frame, which the film
   then leaves out. clip: a film whose first `keep` frames are given (continuation), or, with a region, all its pixels
-  outside. region: white is given, black is made; without a clip the first still lies under it in every frame; a film of
-  masks has the pace of a clip. fit: how a picture of another aspect is brought to size, in given.FITS;
-  "" refuses it. like: (height, width) of the picture from which the film has its size, whole cells of about its shape:
-  `fit` is then of that shape alone.
+  outside. region: white is given, black is made, from the second frame on, as AniSora has it; without a clip the first
+  still lies under it in every frame; a film of masks has the pace of a clip. fit: how a picture of another aspect is
+  brought to size, in given.FITS; "" refuses it. like: (height, width) of the picture from which the film has its size,
+  whole cells of about its shape: `fit` is then of that shape alone.
   """
 
   frames: int
