@@ -28,6 +28,7 @@ from anisora_jax.experiment import origin, sample, studio, train
 from anisora_jax.loaders import buckets
 from anisora_jax.sampling import given
 from anisora_jax.sampling.request import Request, lay_out
+from configs import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 FRAMES, HEIGHT, WIDTH = 9, 32, 48
@@ -349,6 +350,23 @@ def test_held_out_clips_are_made_under_tasks_that_the_network_can_be_told_of(rec
       sample.check_tasks(there, ["none", task], 4)
   with pytest.raises(BadInput, match="did you mean 'first'"):
     sample.check_tasks(there, ["none", "frst"], 1)
+
+
+def test_the_image_encoder_sees_the_picture_that_a_line_lists_first(tmp_path, monkeypatch):
+  for name, grey in (("a", 51), ("b", 204)):
+    Image.new("RGB", (48, 32), (grey,) * 3).save(tmp_path / f"{name}.png")
+  (tmp_path / "lines.txt").write_text("@@b.png,a.png&&1,0\n@@a.png,b.png&&0,1\n")
+  config, seen = tiny.get_config(), []
+  config.data.buckets, config.model.size = "9x32x48@8", "tiny_seeing"
+  monkeypatch.setattr(studio.image, "encode", lambda network, params, frames: frames.mean((1, 2))[:, None])
+  monkeypatch.setattr(studio.Studio, "_walk", lambda self, plan, x, shown: seen.append(shown[0].image) or x)
+  with published.entered(tiny_seeing=replace(published.SIZE, channels=12, given=13, image_width=published.IMAGE.width)):
+    config.image.name = published.NAME
+    there = studio.Studio(config, studio._of(config, 1), studio.Rack([]), "")
+  there.__dict__["seeing"] = None, ()
+  orders = sample.orders_of(there, str(tmp_path / "lines.txt"), sample.Asked(), "", tmp_path / "film", 0)
+  sample.make(there, orders)
+  assert apart(np.stack([tokens.mean() for tokens in seen]), np.float32([204, 51]) / 127.5 - 1) < 1e-5
 
 
 WRONG = {  # what is changed -> what is said

@@ -315,6 +315,8 @@ def test_an_image_encoder_sees_the_first_whole_frame_or_both_ends_and_nothing_hi
   half[2:] = 0
   np.testing.assert_array_equal(one[2, 0], half)
   np.testing.assert_array_equal(two[0], np.stack([np.zeros((4, 6, 3)), frames[0, 8]]))
+  asked = np.asarray(conditions.pictures(frames, jnp.asarray(mask), 1, jnp.array([8, 7, 0])))
+  np.testing.assert_array_equal(asked[:, 0], np.stack([frames[0, 8], frames[1, 7], half]))
 
 
 

@@ -90,7 +90,8 @@ def orders_of(studio: Studio, file: str, asked: Asked, ending: str, out: Path, s
   made = []
   for number, line in enumerate(prompts.read_prompts(file)):
     size = {**size_of(studio, line.images[0] if line.images else "", asked), "like": None}
-    request = Request(**size, fps=studio.config.data.fps, keyframes=prompts.keyframes(line, size["frames"]))
+    frames = prompts.keyframes(line, size["frames"])
+    request = Request(**size, fps=studio.config.data.fps, keyframes=frames, listed=next(iter(frames), None))
     made.append(Order(request, f"{line.prompt} {ending}".strip(), out.with_name(f"{out.name}-{number:03}"), seed,
                       f"{file}, line {line.number}: "))
   return made
@@ -109,7 +110,7 @@ def make(studio: Studio, orders: Sequence[Order]) -> None:
   studio.prepare([order.prompt for order in orders])
   for order in tqdm(orders, desc="films", unit="film", disable=len(orders) == 1 or not meshes.leads()):
     canvas, mask = lay_out(order.request, cell)
-    made = studio.films(canvas[None], mask[None], [order.prompt], order.seed)[0]
+    made = studio.films(canvas[None], mask[None], [order.prompt], order.seed, order.request.listed)[0]
     if not meshes.leads():
       continue
     shown = slice(None, -1) if order.request.loop else slice(None)  # its last frame is the first of the next round

@@ -109,12 +109,12 @@ class Studio:
     count, see = encoders.image_count(self.parts.size), self.seeing and partial(image.encode, self.seeing[0])
 
     @partial(jax.jit, out_shardings=meshes.whole(self.parts.mesh))
-    def look(codec: Codec, params: PyTree, frames: jax.Array, mask: jax.Array) -> Condition:
+    def look(codec: Codec, params: PyTree, frames: jax.Array, mask: jax.Array, at: jax.Array | None) -> Condition:
       films = unit(frames)
       given = conditions.condition(films, mask, codec.encode, codec.temporal)
       if not count:
         return given
-      shown = rearrange(conditions.pictures(films, mask, count), "b k H W c -> (b k) H W c")
+      shown = rearrange(conditions.pictures(films, mask, count, at), "b k H W c -> (b k) H W c")
       return given.replace(image=rearrange(see(params, shown), "(b k) i y -> b (k i) y", k=count))
 
     return look
@@ -140,14 +140,15 @@ class Studio:
                    out_shardings=meshes.whole(self.parts.mesh))
 
   def latents(self, frames: Films, mask: Masks, captions: Sequence[str], noise: jax.Array | None = None,
-              number: int = 0) -> jax.Array:
+              number: int = 0, listed: int | None = None) -> jax.Array:
     """Makes a batch of films as latents. As `films`; noise: to start from, by default drawn for `number`."""
     self.refuse_unseen(mask)
     settings, mesh = self.config.sample, self.parts.mesh
     text, negative = (meshes.everywhere(mesh, self.text(words))
                       for words in (captions, [settings.negative] * len(captions)))
     params = self.seeing and self.seeing[1]
-    given = self._look(self.codec, params, meshes.everywhere(mesh, frames), meshes.everywhere(mesh, mask))
+    at = None if listed is None else meshes.everywhere(mesh, np.full(len(frames), listed, np.int32))
+    given = self._look(self.codec, params, meshes.everywhere(mesh, frames), meshes.everywhere(mesh, mask), at)
     if settings.multiplier == 1:
       given = given.told_by_mask_alone()
     frozen = np.asarray(given.frozen).all(0)
@@ -189,13 +190,14 @@ class Studio:
           bar.update()
     return carry[0]
 
-  def films(self, frames: Films, mask: Masks, captions: Sequence[str], number: int) -> Films:
+  def films(self, frames: Films, mask: Masks, captions: Sequence[str], number: int, listed: int | None = None) -> Films:
     """Makes a batch of films. frames: the given pixels, hidden ones are not read. number: of the batch, for its noise.
+    listed: frame whose picture an image encoder sees, by default the first that is given whole.
 
     A frame is frozen, at noise time 0 in every step, where it is given whole in all films of the batch, unless
     sample.multiplier says otherwise.
     """
-    return np.asarray(self._decode(self.codec, self.latents(frames, mask, captions, number=number)))
+    return np.asarray(self._decode(self.codec, self.latents(frames, mask, captions, None, number, listed)))
 
 
 def _step(velocity: Callable, solver: Solver, scale: float, params: PyTree, row: Row, carry: tuple[jax.Array, PyTree],

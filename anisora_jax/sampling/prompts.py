@@ -31,7 +31,7 @@ NEGATIVES = {  # what guidance steers away from unless told otherwise; published
 class Line:
   """One film of a prompt file.
 
-  images: files, the first of them sets the film's aspect and is what an image encoder sees. positions: where each image
+  images: files, the first listed sets the film's aspect and is what an image encoder sees. positions: where each image
   stands, 0 first frame .. 1 last frame, in any order. number: of the line, from 1.
   """
 

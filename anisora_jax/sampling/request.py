@@ -20,7 +20,8 @@ class Request:
   outside. region: white is given, black is made, from the second frame on, as AniSora has it; without a clip the first
   still lies under it in every frame; a film of masks has the pace of a clip. fit: how a picture of another aspect is
   brought to size, in given.FITS; "" refuses it. like: (height, width) of the picture from which the film has its size,
-  whole cells of about its shape: `fit` is then of that shape alone.
+  whole cells of about its shape: `fit` is then of that shape alone. listed: frame of the still that an image encoder
+  sees, by default the first in time.
   """
 
   frames: int
@@ -36,6 +37,7 @@ class Request:
   loop: bool = False
   fit: str = ""
   like: tuple[int, int] | None = None
+  listed: int | None = None
 
   def __post_init__(self):
     for frame in self.keyframes:

@@ -71,13 +71,14 @@ def condition(frames: Frames, mask: PixelMask, encode: Callable[[Frames], Latent
   return of_latents(mask, encode(hide(frames, mask)), stride)
 
 
-def pictures(frames: Frames, mask: PixelMask, count: int) -> Float[Array, "b {count} H W 3"]:
+def pictures(frames: Frames, mask: PixelMask, count: int,
+             at: Int[Array, "b"] | None = None) -> Float[Array, "b {count} H W 3"]:
   """The given pictures that an image encoder sees, hidden pixels mid-grey.
 
-  count: 1, the first frame that is given whole, or frame 0 where none is (AniSora shows its first picture, wherever it
-  stands); 2, the first and the last frame (Wan 2.1 first-last-frame).
+  count: 1, frame `at`, by default the first that is given whole, or frame 0 where none is; 2, the first and the last
+  frame (Wan 2.1 first-last-frame).
   """
   hidden, whole = hide(frames, mask), mask.all((2, 3))
   if count == 2:
     return hidden[:, jnp.array([0, -1])]
-  return jax.vmap(lambda clip, at: clip[at][None])(hidden, whole.argmax(1))
+  return jax.vmap(lambda clip, at: clip[at][None])(hidden, whole.argmax(1) if at is None else at)
