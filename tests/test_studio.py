@@ -369,6 +369,13 @@ def test_the_image_encoder_sees_the_picture_that_a_line_lists_first(tmp_path, mo
   assert apart(np.stack([tokens.mean() for tokens in seen]), np.float32([204, 51]) / 127.5 - 1) < 1e-5
 
 
+def test_a_still_clip_leaves_means_that_json_can_hold():
+  clip, mask = np.zeros((2, 4, 4, 3), np.uint8), np.zeros((2, 2, 2), bool)
+  rows = [sample.Shown("first", "", clip, mask, clip, {"model": 30.0, "repeat first": psnr}) for psnr in (np.inf, 20.0)]
+  made = sample.score(rows)
+  assert (made.model, made.baselines) == (30, {"repeat first": (sample.EXACT + 20) / 2})
+
+
 WRONG = {  # what is changed -> what is said
   "no weights at all": ({"pretrained": ""}, "no weights to sample from"),
   "an adapter that is not there": ({"model.adapters": "none.safetensors"}, "none.safetensors do not exist"),

@@ -29,6 +29,7 @@ from anisora_jax.tasks.masks import TASKS, Scene
 from anisora_jax.training import report
 
 ENDINGS = (".mp4", ".gif", ".png")  # of what is written of one film
+EXACT = 100.0  # one still clip repeated, of infinite PSNR, must not decide a mean, which no JSON could hold
 
 
 @dataclass(frozen=True)
@@ -201,8 +202,8 @@ def compare(studio: Studio, task: str, count: int, bucket: Bucket) -> list[Shown
 
 
 def score(shown: Sequence[Shown]) -> page.Score:
-  """The means over the clips of one task."""
-  means = {name: float(np.mean([one.psnr[name] for one in shown])) for name in shown[0].psnr}
+  """The means over the clips of one task, in which a clip that is made exactly counts EXACT dB."""
+  means = {name: float(np.mean([min(one.psnr[name], EXACT) for one in shown])) for name in shown[0].psnr}
   return page.Score(shown[0].task, len(shown), means.pop("model"), means)
 
 
