@@ -63,8 +63,8 @@ SETTINGS = {  # field of the config -> flag
   "sample.multiplier": flags.DEFINE_float("multiplier", None, "Noise left on given frames, 0 .. 1; 0 keeps them exact.",
                                           lower_bound=0, upper_bound=1),
   "sample.area": flags.DEFINE_integer("area", None, "Pixels of a film in its first picture's shape.", lower_bound=0),
-  "model.kernel": flags.DEFINE_string("kernel", None, "Of attention, here; by default as in the run's config. A run of "
-                                      "cudnn is sampled by blockwise where no NVIDIA GPU is, or by splash on TPUs."),
+  "model.kernel": flags.DEFINE_string("kernel", None, "Of attention, here; by default as in the run's config. Where no "
+                                      "NVIDIA GPU is, a run of cudnn needs blockwise, or splash on TPUs."),
   "model.attention": flags.DEFINE_string("attention", None, "How devices that share a film talk, likewise."),
   "pretrained": flags.DEFINE_string("pretrained", None, "Folder of a Wan, AniSora or diffusers download."),
   "data.records": flags.DEFINE_string("records", None, "Clips for --held_out, of a run that was trained on latents."),
