@@ -20,6 +20,7 @@ import toy_run as toy
 from anisora_jax.checkpoints import manifest, orbax, workdir
 from anisora_jax.checkpoints.orbax import Checkpoints
 from anisora_jax.errors import BadInput
+from anisora_jax.parallel import offload
 
 LOADER, CONFIG = {"global_next_index": 2**40 + 1}, {"model": {"sizes": [1, 2]}, "rate": 0.1}
 
@@ -78,6 +79,25 @@ def test_a_save_holds_the_moment_it_was_asked_for(tmp_path, states):
     now, _ = toy.step(now, toy.place(mesh, next(numbers) | {"stop": np.zeros(toy.BATCH, np.int32)}))
   checkpoints.wait()
   assert_same_bits(checkpoints.restore(toy.abstract(mesh))[1], expected)
+
+
+def test_what_is_written_shares_no_memory_with_arrays_on_the_host(tmp_path, states, monkeypatch):
+  """GPUs give no buffer away of which there is a view; a CPU copies it, and tells nothing."""
+  mesh, given = toy.mesh_of(8), {}
+  there = jax.tree.map(lambda x: x.with_memory_kind(offload.HOST), toy.placements(states[0].ema, mesh))
+  now = on(mesh, states[0])
+  now = now.replace(ema=jax.device_put(now.ema, there))
+  save_async = orbax.ocp.save_checkpointables_async
+  monkeypatch.setattr(orbax.ocp, "save_checkpointables_async",
+                      lambda path, tree, **more: save_async(path, given.setdefault("tree", tree), **more))
+  checkpoints = Checkpoints(tmp_path)
+  checkpoints.save(1, now, LOADER, CONFIG)
+  checkpoints.wait()
+  for own, other in zip(jax.tree.leaves(now.ema), jax.tree.leaves(given["tree"]["state"].ema), strict=True):
+    assert other.sharding.memory_kind == offload.HOST
+    assert not any(np.shares_memory(np.asarray(one.data), np.asarray(two.data))
+                   for one, two in zip(own.addressable_shards, other.addressable_shards, strict=True))
+  assert_same_bits(checkpoints.restore(toy.abstract(mesh))[1], states[0])
 
 
 def test_a_part_is_restored_where_the_rest_is_left_out(tmp_path, states):

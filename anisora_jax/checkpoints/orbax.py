@@ -25,6 +25,7 @@ from orbax.checkpoint import v1 as ocp
 
 from anisora_jax.checkpoints import manifest
 from anisora_jax.errors import BadInput
+from anisora_jax.parallel import offload
 
 # Smaller arrays are written whole by one of the devices that hold them: each cut of another shape would be a program to
 # compile, seconds of them in the first save of a small run.
@@ -43,6 +44,13 @@ def agreed(number: int) -> int:
 def size(state: PyTree) -> int:
   """Bytes of all leaves, over all hosts; what a checkpoint takes at most (Orbax compresses)."""
   return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+
+def to_give_away(leaf: Any) -> Any:
+  """A leaf as Orbax may hold it while the state's own is donated: of one in the host's memory a copy."""
+  # Orbax writes such an array from its own memory, and XLA's GPU client gives none away of which there is a view.
+  there = isinstance(leaf, jax.Array) and leaf.sharding.memory_kind == offload.HOST
+  return jax.device_put(leaf, leaf.sharding, may_alias=False) if there else leaf
 
 
 def leaves_by_path(tree: PyTree) -> dict[str, Any]:
@@ -140,7 +148,9 @@ class Checkpoints:
   def save(self, step: int, state: PyTree, loader: dict, config: dict) -> float:
     """Begins to save and returns the seconds that the caller was held up. loader, config: JSON.
 
-    The state may be donated or changed as soon as this returns. Waits first for a save that is still being written.
+    The state may be donated or changed as soon as this returns: until the save has ended, its arrays in the host's
+    memory (see `parallel.offload`) are held twice, and copies on the host of all others. Waits first for a save that
+    is still being written.
     A save that failed, now or before, is said in one line and leaves the earlier checkpoints as they are.
     """
     began = time.perf_counter()
@@ -152,7 +162,8 @@ class Checkpoints:
       self._tell()
       return time.perf_counter() - began
     with ocp.Context(array_options=CUT):
-      response = ocp.save_checkpointables_async(self._unfinished / str(step), {"state": state},
+      response = ocp.save_checkpointables_async(self._unfinished / str(step),
+                                                {"state": jax.tree.map(to_give_away, state)},
                                                 custom_metadata={"loader": loader, "config": config})
     self._thread = threading.Thread(target=self._finish, args=(step, response.result), name=f"checkpoint {step}")
     self._thread.start()
