@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from test_loaders import clip_of, write_folder
 
 from anisora_jax.errors import BadInput
-from anisora_jax.loaders import assign, buckets, records, video
+from anisora_jax.loaders import assign, buckets, mixture, records, tfds, video
 from anisora_jax.loaders.assign import Deal
 from anisora_jax.loaders.mixture import Batches
 
@@ -189,6 +189,35 @@ def test_clips_of_many_lengths_go_to_buckets_that_they_are_long_enough_for(told,
     dealt("25x32x64@2,5x32x64@4")
   with pytest.raises(BadInput, match="all 'held_out' clips are shorter than every bucket"):
     dealt("17x32x64@2", split="held_out")
+
+
+class Untold:
+  """Clips of so many frames each, of which none tells its length before it is read, as in a TensorFlow dataset."""
+  name, seconds = "untold", None
+
+  def __init__(self, *lengths):
+    self._lengths = lengths
+
+  def __len__(self):
+    return len(self._lengths)
+
+  def __getitem__(self, number):
+    frames = self._lengths[number]
+    return tfds.Pixels(f"untold/{number}", f"of {frames}", None, list(np.zeros((frames, 8, 8, 3), np.uint8)))
+
+
+def test_for_any_number_of_clips_that_are_too_short_others_stand_in_and_count(monkeypatch):
+  monkeypatch.setattr(mixture, "open_source", lambda path, split: Untold(*[3] * 30, *[9] * 10))
+  batches = Batches("untold", "5x8x8@8", fps=12)
+  for _ in range(5):
+    batch = next(batches)
+    assert batch["ok"].all() and set(batch["caption"]) == {"of 9"}
+  assert batches.bad and all("is too short" in reason for _, reason in batches.bad)
+  held_out = Batches("untold", "5x8x8@8", fps=12, split="held_out")
+  assert sum(batch["ok"].sum() for batch in held_out) == 10  # none of them twice
+  monkeypatch.setattr(mixture, "open_source", lambda path, split: Untold(*[3] * 30))
+  with pytest.raises(BadInput, match=r"30 records in a row .* untold record .* too short.*: take .*data.assign=fit"):
+    next(Batches("untold", "5x8x8@8", fps=12))
 
 
 def test_a_record_that_cannot_be_read_is_named_and_stood_in_for(tmp_path):

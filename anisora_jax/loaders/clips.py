@@ -13,12 +13,12 @@ from anisora_jax.loaders.buckets import Bucket
 def spans(clip: Any, bucket: Bucket, fps: float) -> tuple[np.ndarray, int]:
   """(indices of the frames that a bucket takes from frame 0 on, how many frames later they may begin at most).
 
-  A clip that states no rate of its own plays at `fps`. Raises video.Unreadable for a clip that is too short.
+  A clip that states no rate of its own plays at `fps`. Raises video.TooShort.
   """
   own = clip.fps or fps
   if video.paced_length(clip.frames, own, fps) < bucket.frames:
-    raise video.Unreadable(f"{clip.id} is too short: {clip.frames} frames at {own:g} fps make fewer than "
-                           f"{bucket.frames} at {fps:g} fps")
+    raise video.TooShort(f"{clip.id} is too short: {clip.frames} frames at {own:g} fps make fewer than "
+                         f"{bucket.frames} at {fps:g} fps")
   span = video.pace(own, fps, bucket.frames)
   return span, clip.frames - 1 - int(span[-1])
 

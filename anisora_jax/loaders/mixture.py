@@ -179,7 +179,8 @@ class Batches(Iterator[dict[str, Any]]):
     of clips:   frames uint8 [b, F, H, W, 3], character bool [b, F, H, W] (the tracked one);
     of latents: latents, known float16 [b, f, h, w, c], mask bool [b, F, h, w], text [b, s, e], maybe image [b, i, y];
     of both:    caption list of b, id int64 [b] (source * 2**32 + record),
-                ok float32 [b] (0 where a record could not be read and another clip stands in: drop its loss)
+                ok float32 [b] (0 where a record could not be read and another clip stands in: drop its loss; in
+                training a clip that stands in for one that is too short counts)
   Where up to k clips share a row: caption lists of lists; id, ok [b, k], text [b, k, s, e], image [b, k, i, y]; mask
   [b, m f, h, w] with frame 0 of each clip m times, and segment int32 [b, f], as `training.packed` reads them. An id has
   2**48 times the clip's latent frames added, and is -1 where there is no clip.

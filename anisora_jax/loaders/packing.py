@@ -142,6 +142,6 @@ class Packed:
       source = turn.part.source
       made, missed = rows.readable(self._sizes[size][source], turn, self._seed and [*self._seed, size, number])
       number = (len(made["latents"]) * 2**16 + source) * 2**32 + turn.record
-      clips.append({**made, "id": np.int64(number), "ok": np.float32(turn.counts and not missed)})
+      clips.append({**made, "id": np.int64(number)})
       bad += missed
     return self._canvas.row(clips if self._plan[place] else [], clips[0]), bad

@@ -15,6 +15,7 @@ from anisora_jax.loaders import video
 
 Numbers = Sequence[int] | Int[np.ndarray, "records"]
 TRIES = 8  # records in a row that may be unreadable before the source counts as broken
+SHORT = 1000  # ... that may be too short, where none tells its length before it is read
 Bad = list[tuple[str, str]]  # what could not be read, and why
 
 
@@ -100,19 +101,25 @@ class Order:
 
 
 def readable(source: Source, turn: Turn, seed: Sequence[int] | None) -> tuple[dict[str, Any], Bad]:
-  """A record as a row, or the next readable one of its part, and what could not be read.
+  """A record as a row with "ok", or the next readable one of its part, and what could not be read.
 
-  seed: of draws; None draws nothing. Raises BadInput where several records in a row cannot be read.
+  ok: whether the row counts; in place of what is unreadable none does, of what is too short only one in training.
+  seed: of draws; None draws nothing. Raises BadInput where several records in a row cannot be used.
   """
   bad: Bad = []
-  numbers = turn.part.records
-  for step in range(min(TRIES, len(numbers))):
+  numbers, unread = turn.part.records, 0
+  for step in range(len(numbers)):
     number = int(numbers[(turn.place + step) % len(numbers)])
     try:
-      return source.row(number, None if seed is None else np.random.default_rng(seed)), bad
+      made = source.row(number, None if seed is None else np.random.default_rng(seed))
+      return {**made, "ok": np.float32(turn.counts and not (unread if turn.part.weight else bad))}, bad
     except video.Unreadable as error:
       bad.append((f"{source.name} record {number}", str(error)))
-  raise BadInput(f"{len(bad)} records in a row cannot be used, the first is {bad[0][0]}: {bad[0][1]}")
+      unread += not isinstance(error, video.TooShort)
+    if unread == TRIES or len(bad) - unread == SHORT:
+      break
+  way = "" if unread else ": take fewer frames, or --config.data.assign=fit, which leaves out what is too short"
+  raise BadInput(f"{len(bad)} records in a row cannot be used, the first is {bad[0][0]}: {bad[0][1]}{way}")
 
 
 class Clipwise:
@@ -131,7 +138,7 @@ class Clipwise:
     turn = self._order[place]
     source, record = turn.part.source, turn.record
     made, bad = readable(self.sources[source], turn, self._seed and [*self._seed, place])
-    return {**made, "id": np.int64(source * 2**32 + record), "ok": np.float32(turn.counts and not bad)}, bad
+    return {**made, "id": np.int64(source * 2**32 + record)}, bad
 
 
 def left_out(made: Sequence[Any]) -> int:

@@ -33,6 +33,10 @@ class Unreadable(ValueError):
   """A film or clip that cannot be decoded. The message is the reason, without the name."""
 
 
+class TooShort(Unreadable):
+  """A clip with fewer frames than are wanted of it, and nothing wrong with it."""
+
+
 class Facts(NamedTuple):
   """What a container says of its film. frames: 0 where it does not say. fps: mean over the film."""
   fps: float
