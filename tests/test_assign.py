@@ -191,7 +191,7 @@ def test_clips_of_many_lengths_go_to_buckets_that_they_are_long_enough_for(told,
     dealt("17x32x64@2", split="held_out")
 
 
-class Untold:
+class Untold(tfds.TfdsClips):
   """Clips of so many frames each, of which none tells its length before it is read, as in a TensorFlow dataset."""
   name, seconds = "untold", None
 

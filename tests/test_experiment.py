@@ -21,6 +21,7 @@ from overtake import overtaking
 from peft import PeftModel
 from PIL import Image
 from safetensors.numpy import load_file
+from test_loaders import clip_of, write_folder
 
 from anisora_jax import errors
 from anisora_jax.adapters import files
@@ -306,8 +307,16 @@ def test_the_held_out_loss_is_that_of_the_first_bucket_with_clips(records):
   made = parts.assemble(config)
   chain, _ = optimizer.build(made.optimizer, parts.abstract_trained(made))
   frozen, captions = train.frozen_parts(made, config)
-  measure = train.held_out_loss(made, config, 2, frozen, captions, report.LeftOut(pytest.fail, "held_out"))
+  clips = train.held_out_clips(made, config)
+  measure = train.held_out_loss(made, clips, 2, frozen, captions, report.LeftOut(pytest.fail, "held_out"))
   assert math.isfinite(measure(train.training_state(made, chain)[1](None))["held_out"])
+
+
+def test_without_held_out_clips_a_run_ends_before_its_weights_are_read_and_says_what_to_do(tmp_path, monkeypatch):
+  folder = write_folder(tmp_path / "records", [clip_of("a")])
+  monkeypatch.setattr(train, "frozen_parts", lambda *_: pytest.fail("weights are read"))
+  with pytest.raises(BadInput, match=r"no 'held_out' records: .* without a held-out loss: --config.train.held_out=0\."):
+    train.train(settings(folder), tmp_path / "run")
 
 
 def test_hosts_with_other_records_are_refused(records, monkeypatch):

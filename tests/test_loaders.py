@@ -20,6 +20,7 @@ from PIL import Image
 
 from anisora_jax.errors import BadInput
 from anisora_jax.loaders import buckets, mixture, records, tfds, video
+from anisora_jax.loaders.assign import Deal
 from anisora_jax.loaders.mixture import Batches
 
 SIZE = video.Size(32, 48)
@@ -329,6 +330,15 @@ def test_held_out_clips_come_once_each_in_order_from_their_first_frame(folders, 
   assert ids[ok == 1].tolist() == [0, 1, 2, 3, 4, 2**32] and len(ids) == 8 and (ok[:6] == 1).all()
   assert all(number_on(frames)[0] == 0 for part in parts for batch in part for frames in batch["frames"])
   assert Batches(",".join(folders), "5x32x48@4", fps=12, split="held_out").length == 6
+
+
+@pytest.mark.parametrize("assign", ["any", "fit"])
+def test_held_out_clips_are_those_of_the_sources_that_have_some(folders, tmp_path, assign):
+  empty = write_folder(tmp_path / "empty", [clip_of("a")], write=records.write_clips)
+  deal = Deal(buckets.parse("9x32x48@2"), assign=assign)
+  batches = list(Batches(f"{empty},{folders[1]}", deal, fps=12, split="held_out"))
+  assert [batch["id"].tolist() for batch in batches] == [[2**32] * 2] and batches[0]["ok"].tolist() == [1, 0]
+  assert all(next(Batches(f"{empty},{folders[1]}", deal, fps=12))["ok"])
 
 
 def test_buckets_take_turns_by_weight_and_each_goes_through_its_own_order():

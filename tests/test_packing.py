@@ -154,6 +154,13 @@ def test_held_out_clips_come_once_and_in_order_and_the_last_batch_ends_in_empty_
   assert all((batch["ok"] == 1).all() for batch in batches)
 
 
+def test_held_out_rows_are_those_of_the_buckets_that_have_clips(folder):
+  held = list(Batches(folder, deal("1x32x48@2,17x32x48@4"), fps=12, split="held_out"))
+  assert [batch["segment"].shape for batch in held] == [(4, 5)]
+  with pytest.raises(BadInput, match="hold no 'held_out' latents"):
+    Batches(folder, deal("1x32x48@2"), fps=12, split="held_out")
+
+
 def test_a_bucket_draws_from_the_folders_that_have_its_size(folder, tmp_path):
   """One clip a row; of those held out there may be none for a bucket."""
   other, text = stored.write(tmp_path / "other", {"train": {"9x32x48": 4}}), "17x32x48@2,9x32x48@2"

@@ -31,7 +31,7 @@ from anisora_jax.experiment.parts import (
   loader,
   to_devices,
 )
-from anisora_jax.loaders import records
+from anisora_jax.loaders import mixture, records
 from anisora_jax.loaders.buckets import Bucket
 from anisora_jax.models.attention import PATTERNS
 from anisora_jax.parallel import halo, offload, placement, processes, sight, targets, traffic
@@ -121,13 +121,21 @@ def stepping(parts: Parts, chain, abstract: PyTree, frozen: step.Frozen) -> tupl
   return way, advance
 
 
-def held_out_loss(parts: Parts, config: ConfigDict, count: int, frozen: step.Frozen, captions: Captions | None,
+def held_out_clips(parts: Parts, config: ConfigDict) -> mixture.Batches | None:
+  """The loader of held-out clips, None where no loss of them is due. Raises BadInput, which says how to do without."""
+  try:
+    return loader(parts, config, "held_out") if config.train.held_out else None
+  except BadInput as mistake:
+    raise BadInput(f"{str(mistake).rstrip('.')}; or train without a held-out loss: "
+                   "--config.train.held_out=0.") from None
+
+
+def held_out_loss(parts: Parts, clips: mixture.Batches, count: int, frozen: step.Frozen, captions: Captions | None,
                   left_out: report.LeftOut) -> Callable[[state.TrainState], dict[str, float]]:
   """state -> held-out loss of the averaged parameters in each bin of noise time, always on the same batches.
 
-  They are up to `count` of the first bucket for which any clips are held out.
+  They are up to `count` of the first bucket for which there are any clips, which are closed.
   """
-  clips = loader(parts, config, "held_out", parts.buckets[:1] if parts.packed else parts.buckets)
   wanted = list(itertools.islice(clips, count))
   bucket = _bucket_of(parts, wanted[0])  # the first that has any
   parts = replace(parts, replicas=1).of(bucket)
@@ -192,7 +200,7 @@ def train(config: ConfigDict, folder: Path, say: Callable[[str], None] = print) 
   say = say if meshes.leads() else lambda line: None
   with Stop() as stop, workdir.lock(folder, say):
     parts = assemble(config)
-    batches = loader(parts, config, "train")
+    batches, held_out = loader(parts, config, "train"), held_out_clips(parts, config)
     chain, rate = optimizer.build(parts.optimizer, abstract_trained(parts))
     abstract, make = training_state(parts, chain)
     due = loop.Due(config.train.steps, config.train.report, config.train.held_out, config.train.checkpoint,
@@ -234,8 +242,8 @@ def train(config: ConfigDict, folder: Path, say: Callable[[str], None] = print) 
         effects = loop.Effects(
           place=place, rate=lambda number: float(rates[number - 1]), work=partial(_work, parts),
           ids=lambda batch: meshes.gather(way(batch).mesh, batch["id"]),
-          held_out=(held_out_loss(parts, config, due.held_out_batches, frozen, captions, left_out["held_out"])
-                    if due.held_out else lambda _: {}),
+          held_out=(held_out_loss(parts, held_out, due.held_out_batches, frozen, captions, left_out["held_out"])
+                    if held_out else lambda _: {}),
           save=lambda number, now, position: checkpoints.save(number, now, position, plain),
           wait=checkpoints.wait, report=out, say=out.say)
         now, number, stopped = loop.run(now, advance, batches, due, effects, stop, clock)

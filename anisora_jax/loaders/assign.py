@@ -96,15 +96,16 @@ def sizes(source: Any, fps: float) -> Float[np.ndarray, "clips 3"]:
 
 
 def taken(sources: Sequence[Any], deal: Deal, fps: float) -> list[list[rows.Numbers]]:
-  """Of each bucket: the clips of each source that it takes. Those too short for it are not among them, where their
-  lengths can be known without decoding any; what cannot be read is, and will be named. Raises BadInput."""
+  """Of each bucket: the clips of each source that it takes; of None, none. Those too short for it are not among them,
+  where their lengths can be known without decoding any; what cannot be read is, and will be named. Raises BadInput."""
   if deal.assign == "fit":
-    found, least = [sizes(source, fps) for source in sources], min(bucket.frames for bucket in deal.buckets)
+    least = min(bucket.frames for bucket in deal.buckets)
+    found = [sizes(source, fps) if source else np.zeros((0, 3)) for source in sources]
     best = [np.where(_short(clips[:, 0], least), -1, fit(clips, deal.buckets)) for clips in found]
     return [[np.flatnonzero(of_source == number) for of_source in best] for number in range(len(deal.buckets))]
   lengths = [sizes(source, fps)[:, 0] if isinstance(source, records.Records) and source.seconds is None else None
              for source in sources]
-  return [[range(len(source)) if frames is None else np.flatnonzero(~_short(frames, bucket.frames))
+  return [[range(len(source or ())) if frames is None else np.flatnonzero(~_short(frames, bucket.frames))
            for source, frames in zip(sources, lengths, strict=True)] for bucket in deal.buckets]
 
 

@@ -14,6 +14,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +61,24 @@ def parse(text: str) -> tuple[Source, ...]:
 
 
 def open_source(path: str, split: str) -> records.Records | tfds.TfdsClips:
-  """The clips of one split of a source. Raises BadInput."""
+  """The clips of one split of a source. Raises BadInput, also records.Empty."""
   if path.startswith(tfds.PREFIX):
     return tfds.TfdsClips(path.removeprefix(tfds.PREFIX), split)
   return records.Records(Path(path).expanduser(), split)
+
+
+def open_sources(sources: Sequence[Source], split: str) -> list[records.Records | tfds.TfdsClips | None]:
+  """The clips of one split of each source, None where one has none of those held out. Raises BadInput, also where none
+  has any."""
+  opened, empty = [], None
+  for source in sources:
+    try:
+      opened.append(open_source(source.path, split))
+    except records.Empty as mistake:
+      opened, empty = [*opened, None], mistake
+  if empty and (split == "train" or not any(opened)):
+    raise empty
+  return opened
 
 
 def serve(sources: Sequence[Source], split: str, buckets: Sequence[bucket_sizes.Bucket],
@@ -82,8 +97,8 @@ def serve(sources: Sequence[Source], split: str, buckets: Sequence[bucket_sizes.
   if any(encoded):
     raise BadInput(f"{folders[encoded.index(True)]} holds latents and {sources[encoded.index(False)].path} clips: "
                    "train on one kind; encode turns clips into latents.")
-  opened = [open_source(source.path, split) for source in sources]
-  return [[Clips(clips, bucket, fps) for clips in opened] for bucket in buckets]
+  opened = open_sources(sources, split)
+  return [[clips and Clips(clips, bucket, fps) for clips in opened] for bucket in buckets]
 
 
 def clipwise(sources: Sequence[Source], split: str, deal: assign.Deal, fps: float, seed: int) -> list[rows.Clipwise]:
@@ -91,7 +106,7 @@ def clipwise(sources: Sequence[Source], split: str, deal: assign.Deal, fps: floa
   served, train = serve(sources, split, deal.buckets, fps), split == "train"
   weights = [source.weight for source in sources] if train else None
   if any(isinstance(source, Clips) for source in served[0]):
-    taken = assign.taken([clips.source for clips in served[0]], deal, fps)
+    taken = assign.taken([clips and clips.source for clips in served[0]], deal, fps)
   else:
     taken = [[range(len(source or ())) for source in of_bucket] for of_bucket in served]
   totals = [[len(numbers) for numbers in of_bucket] for of_bucket in taken]
@@ -111,8 +126,9 @@ def clipwise(sources: Sequence[Source], split: str, deal: assign.Deal, fps: floa
   return made
 
 
-def packed(sources: Sequence[Source], split: str, deal: assign.Deal, seed: int) -> list[packing.Packed]:
-  """The rows of each bucket, several encoded clips in each. Raises BadInput."""
+def packed(sources: Sequence[Source], split: str, deal: assign.Deal,
+           seed: int) -> list[packing.Packed | rows.Clipwise]:
+  """The rows of each bucket, several encoded clips in each; as in `clipwise` there may be none. Raises BadInput."""
   folders = [Path(source.path).expanduser() for source in sources]
   for source, folder in zip(sources, folders, strict=True):
     if source.path.startswith(tfds.PREFIX) or not latents.is_encoded(folder):
@@ -127,6 +143,9 @@ def packed(sources: Sequence[Source], split: str, deal: assign.Deal, seed: int) 
              for number, of_bucket in enumerate(found)]
   made = []
   for number, (bucket, of_bucket) in enumerate(zip(deal.buckets, found, strict=True)):
+    if not of_bucket and split != "train" and any(found):
+      made.append(rows.Clipwise([], [], Fraction(), None))
+      continue
     if not of_bucket:
       raise BadInput(f"bucket {bucket}: {', '.join(map(str, folders))} hold no {split!r} latents of {bucket.height}x"
                      f"{bucket.width} and up to {bucket.frames} frames that no other bucket takes: leave it out.")

@@ -202,11 +202,15 @@ def read(source: ArrayRecordDataSource, number: int) -> bytes:
     raise video.Unreadable(f"the shard is damaged here ({' '.join(str(error).split())})") from error
 
 
+class Empty(BadInput):
+  """A source has no records of a split."""
+
+
 class Records:
   """The records of one split of a folder, by number: `records[i]` is a Clip.
 
-  seconds: how long every clip lasts, None where they differ. Raises BadInput where shards are missing or cut short, or
-  the split is empty; `records[i]` raises video.Unreadable where a record is damaged.
+  seconds: how long every clip lasts, None where they differ. Raises BadInput where shards are missing or cut short, and
+  Empty where the split has none; `records[i]` raises video.Unreadable where a record is damaged.
   """
 
   def __init__(self, folder: Path, split: str):
@@ -215,7 +219,7 @@ class Records:
     self._shards = index["splits"][split]
     self._source, self._length = open_shards(folder, self._shards, INDEX)
     if not self._length:
-      raise BadInput(f"{folder} holds no {split!r} records: pack more or longer films, or a larger --held_out share.")
+      raise Empty(f"{folder} holds no {split!r} records: pack more or longer films, or a larger --held_out share.")
 
   def __len__(self) -> int:
     return self._length

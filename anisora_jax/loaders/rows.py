@@ -13,7 +13,7 @@ from jaxtyping import Int
 from anisora_jax.errors import BadInput
 from anisora_jax.loaders import video
 
-Numbers = Sequence[int] | Int[np.ndarray, "records"]
+Numbers = Sequence[int] | Int[np.ndarray, "_"]
 TRIES = 8  # records in a row that may be unreadable before the source counts as broken
 SHORT = 1000  # ... that may be too short, where none tells its length before it is read
 Bad = list[tuple[str, str]]  # what could not be read, and why

@@ -85,7 +85,8 @@ def find(name: str) -> Path:
 class TfdsClips:
   """One split of a prepared dataset, by number: `clips[i]` is a records.Clip or Pixels.
 
-  spec: what follows "tfds:". split: "train" or "held_out". Raises BadInput; `clips[i]` raises video.Unreadable.
+  spec: what follows "tfds:". split: "train" or "held_out". Raises BadInput, also records.Empty; `clips[i]` raises
+  video.Unreadable.
   """
   seconds = None  # clips differ in length; too short ones are found when they are read
 
@@ -147,8 +148,8 @@ def _split_of(split: str, chosen: list[str], there: list[str], name: str) -> str
     return chosen[0] if chosen else "train"
   found = chosen[1] if len(chosen) > 1 else next((word for word in _HELD_OUT if word in there), None)
   if found is None:
-    raise BadInput(f"{name} does not say which split is held out, and it has only {', '.join(there)}: "
-                   "write for example tfds:NAME:train[:90%]:train[90%:]")
+    raise records.Empty(f"{name} does not say which split is held out, and it has only {', '.join(there)}: "
+                        "write for example tfds:NAME:train[:90%]:train[90%:]")
   return found
 
 
