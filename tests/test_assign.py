@@ -191,6 +191,22 @@ def test_clips_of_many_lengths_go_to_buckets_that_they_are_long_enough_for(told,
     dealt("17x32x64@2", split="held_out")
 
 
+@pytest.mark.parametrize("assign", ["any", "fit"])
+def test_packs_of_two_lengths_are_trained_on_together(assign, tmp_path):
+  """Each length in a bucket of its own, which the other pack's clips would be too short for, or also serve."""
+  packs = [write_folder(tmp_path / name, [sized(f"{name}{n}", 32, 64, frames) for n in range(4)], seconds=frames / 24)
+           for name, frames in (("long", 48), ("short", 12))]
+  sources, seen = ",".join(packs), {5: set(), 17: set()}
+  batches = Batches(sources, Deal(buckets.parse("17x32x64@2,5x32x64@4"), assign=assign), fps=12)
+  for _ in range(12):
+    batch = next(batches)
+    assert batch["ok"].all() and not batches.bad
+    seen[batch["frames"].shape[1]] |= set((batch["id"] >> 32).tolist())
+  assert seen == {17: {0}, 5: {0, 1} if assign == "any" else {1}} and not batches.short
+  with pytest.raises(BadInput, match=r"bucket 25x32x64@2:1 asks for 25 frames, but clips of .*long last 2 s, 24 f"):
+    Batches(sources, Deal(buckets.parse("25x32x64@2,5x32x64@4"), assign=assign), fps=12)
+
+
 class Untold(tfds.TfdsClips):
   """Clips of so many frames each, of which none tells its length before it is read, as in a TensorFlow dataset."""
   name, seconds = "untold", None

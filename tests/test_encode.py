@@ -190,6 +190,20 @@ def test_an_image_to_video_network_trains_on_latents_the_same_on_every_mesh(enco
   np.testing.assert_allclose(*losses, rtol=2e-4)
 
 
+def test_a_pack_of_clips_too_short_for_a_bucket_is_left_out_of_it_alone(records, tmp_path):
+  other = tmp_path / "short"
+  other.mkdir()
+  index = json.loads((records / "index.json").read_text())
+  (other / "index.json").write_text(json.dumps({**index, "clip_seconds": 0.5}))
+  for file in records.glob("*.arrayrecord"):
+    shutil.copy(file, other)
+  plain = tiny.get_config()
+  plain.data.records, plain.data.buckets = f"{records},{other}", "9x32x48@8,5x32x48@8"
+  found = encode.jobs(plain, tmp_path / "out")
+  assert [(job.bucket.frames, [source.seconds for source in job.sources]) for job in found] == 2 * [
+    (9, [1.7]), (5, [1.7, 0.5])]
+
+
 def test_one_bad_clip_is_left_out_and_named(records, tmp_path, capsys):
   folder = shutil.copytree(records, tmp_path / "records")
   clips = Records(folder, "train")

@@ -240,7 +240,8 @@ def note_of(part: Path) -> Path:
 
 
 def jobs(config: ConfigDict, out: Path) -> list[Job]:
-  """What there is to encode. A source may have no held-out clips. Raises BadInput where nothing is to be trained on."""
+  """What there is to encode. A source may have no held-out clips, or none that are long enough for a bucket. Raises
+  BadInput where nothing is to be trained on."""
   made = []
   for split in records.SPLITS:
     found = []
@@ -250,10 +251,11 @@ def jobs(config: ConfigDict, out: Path) -> list[Job]:
         raise BadInput(f"{folder} holds latents already: give the folder of clips that data/pack.py wrote.")
       if split == "train" or source.path.startswith(tfds.PREFIX) or records.count(folder, split):
         found.append(mixture.open_source(source.path, split))
-    made += [Job(out, split, bucket, found) for bucket in parse(config.data.buckets)]
-  for job in made:
-    for source in job.sources:
-      clip_rows.Clips(source, job.bucket, config.data.fps)  # refuses clips that are all too short
+    for bucket in parse(config.data.buckets):
+      if split == "train":
+        clip_rows.refuse_short(found, bucket, config.data.fps)
+      made.append(Job(out, split, bucket, [source for source in found
+                                           if not clip_rows.all_short(source, bucket, config.data.fps)]))
   return made
 
 

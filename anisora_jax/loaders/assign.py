@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from anisora_jax.errors import BadInput, pick
 from anisora_jax.loaders import records, rows, video
 from anisora_jax.loaders.buckets import Bucket, Schedule, Turn, parse
+from anisora_jax.loaders.clips import all_short
 
 ASSIGN = {"any": "every bucket draws from all records", "fit": "each record goes to the bucket that keeps most of it"}
 
@@ -105,8 +106,13 @@ def taken(sources: Sequence[Any], deal: Deal, fps: float) -> list[list[rows.Numb
     return [[np.flatnonzero(of_source == number) for of_source in best] for number in range(len(deal.buckets))]
   lengths = [sizes(source, fps)[:, 0] if isinstance(source, records.Records) and source.seconds is None else None
              for source in sources]
-  return [[range(len(source or ())) if frames is None else np.flatnonzero(~_short(frames, bucket.frames))
-           for source, frames in zip(sources, lengths, strict=True)] for bucket in deal.buckets]
+
+  def long(source: Any, frames: Float[np.ndarray, "_"] | None, bucket: Bucket) -> rows.Numbers:
+    if frames is not None:
+      return np.flatnonzero(~_short(frames, bucket.frames))
+    return range(0 if source is None or all_short(source, bucket, fps) else len(source))
+
+  return [[long(*one, bucket) for one in zip(sources, lengths, strict=True)] for bucket in deal.buckets]
 
 
 def _short(frames: Float[np.ndarray, "clips"], asked: int) -> Bool[np.ndarray, "clips"]:

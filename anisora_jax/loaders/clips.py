@@ -1,6 +1,7 @@
 """Rows of a batch out of a source of clips: which frames of a clip, at which pace and size."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -23,16 +24,25 @@ def spans(clip: Any, bucket: Bucket, fps: float) -> tuple[np.ndarray, int]:
   return span, clip.frames - 1 - int(span[-1])
 
 
+def all_short(source: Any, bucket: Bucket, fps: float) -> bool:
+  """Whether the clips of a source are of one length, which is too short for a bucket."""
+  return source.seconds is not None and round(source.seconds * fps) < bucket.frames
+
+
+def refuse_short(sources: Sequence[Any], bucket: Bucket, fps: float) -> None:
+  """Raises BadInput where no source has clips that may be long enough for a bucket."""
+  if all(all_short(source, bucket, fps) for source in sources):
+    longest = max(sources, key=lambda source: source.seconds)
+    raise BadInput(f"bucket {bucket} asks for {bucket.frames} frames, but clips of {longest.name} last "
+                   f"{longest.seconds:g} s, {round(longest.seconds * fps)} frames at {fps:g} fps; take fewer frames, "
+                   f"more fps, or pack with --clip_seconds {math.ceil(bucket.frames / fps * 10) / 10:g} or more.")
+
+
 class Clips:
-  """The clips of `source` as one bucket wants them. Raises BadInput for clips that are all too short."""
+  """The clips of `source` as one bucket wants them."""
 
   def __init__(self, source: Any, bucket: Bucket, fps: float):
     self.name, self.source, self._bucket, self._fps = source.name, source, bucket, fps
-    held = None if source.seconds is None else round(source.seconds * fps)
-    if held is not None and held < bucket.frames:
-      raise BadInput(f"bucket {bucket} asks for {bucket.frames} frames, but clips of {source.name} last "
-                     f"{source.seconds:g} s, {held} frames at {fps:g} fps; take fewer frames, more fps, or pack with "
-                     f"--clip_seconds {math.ceil(bucket.frames / fps * 10) / 10:g} or more.")
 
   def __len__(self) -> int:
     return len(self.source)

@@ -24,7 +24,7 @@ import numpy as np
 from anisora_jax.errors import BadInput
 from anisora_jax.loaders import assign, latents, packing, records, rows, tfds
 from anisora_jax.loaders import buckets as bucket_sizes
-from anisora_jax.loaders.clips import Clips
+from anisora_jax.loaders.clips import Clips, refuse_short
 
 POSITION, BATCHES = "global_next_index", "batches"
 Share = Callable[[bucket_sizes.Bucket], tuple[Sequence[int], int]]  # which parts of a batch are a host's, of how many
@@ -98,6 +98,8 @@ def serve(sources: Sequence[Source], split: str, buckets: Sequence[bucket_sizes.
     raise BadInput(f"{folders[encoded.index(True)]} holds latents and {sources[encoded.index(False)].path} clips: "
                    "train on one kind; encode turns clips into latents.")
   opened = open_sources(sources, split)
+  for bucket in buckets if split == "train" else []:
+    refuse_short(opened, bucket, fps)
   return [[clips and Clips(clips, bucket, fps) for clips in opened] for bucket in buckets]
 
 
