@@ -223,11 +223,11 @@ def test_sigterm_while_starting_saves_and_ends_well(start, tmp_path):
 
 
 def test_a_second_config_in_one_folder_is_refused_with_the_difference(killed, start):
-  process = start(killed, "--config.optimizer.rate=0.5")
+  process = start(killed, "--config.optimizer.decay=0.5")
   _, err = process.communicate(timeout=300)
   lines = [line for line in err.splitlines() if line.startswith("error:")]
   assert process.returncode == 2 and len(lines) == 1 and "Traceback" not in err
-  assert "optimizer.rate: 0.001 -> 0.5" in lines[0]
+  assert "optimizer.decay: 0.0001 -> 0.5" in lines[0]
 
 
 @pytest.fixture
@@ -428,6 +428,29 @@ def test_a_run_without_a_checkpoint_may_be_begun_otherwise_and_tells_of_random_w
     train.train(settings(records, **changes), tmp_path, said.append)
   assert runs.saved_config(tmp_path).train.micro_batches == 2
   assert "\n".join(said).count("\nstarts from random weights; --config.pretrained=FOLDER") == 2
+
+
+def test_a_run_goes_on_with_another_rate_and_with_micro_batches_that_leave_its_batches_as_they_are(
+    records, tmp_path, monkeypatch):
+  """One that is no longer finite is told to lower its rate. Batches are of 24 clips, as data.tokens says."""
+  def saves(now, advance, batches, due, effects, *_):
+    effects.save(1, now, batches.position)
+    effects.wait()
+    return now, 1, False
+
+  def goes(**changes):
+    made = settings(records, data__buckets="5x16x24", data__tokens=24 * 5 * 4 * 6, train__held_out=0, **changes)
+    train.train(made, tmp_path, said.append)
+
+  said = []
+  monkeypatch.setattr(train.loop, "run", saves)
+  goes()
+  changes = dict(optimizer__rate=1e-4, optimizer__clip=0.5, train__held_out_batches=3, train__micro_batches=3)
+  goes(**changes)
+  told = "\n".join(said)
+  assert all(f"resumes with another {name.replace('__', '.')}: " in told for name in changes) and "after step 1" in told
+  with pytest.raises(BadInput, match=r"were of 24 clips and are now of 16, .* as many devices and micro-batches"):
+    goes(train__micro_batches=2)
 
 
 def test_what_a_clip_shared_by_devices_takes_is_estimated(records):

@@ -43,12 +43,13 @@ from anisora_jax.training.stop import Stop
 
 RANDOM = "starts from random weights; --config.pretrained=FOLDER or --config.model.weights=PATH give others."
 # What a run may be resumed with otherwise, which is then said: where and how fast it runs and what it tells. Some may
-# change what it learns from then on: train.steps moves the end of cosine and wsd, data.records the clips, and other
-# weights the base of adapters and the encoders. Folders may have moved, so that they hold the same is not checked.
+# change what it learns from then on: train.steps moves the end of cosine and wsd, optimizer.rate and clip help where it
+# is no longer finite, data.records changes the clips, and other weights the base of adapters and the encoders. Folders
+# may have moved, so that they hold the same is not checked.
 # Before its first checkpoint, as when a step did not fit the memory, it may take anything.
 MAY_CHANGE = ("mesh.*", "pretrained", "*.weights", "text.tokenizer", "model.attention", "model.kernel", "model.remat",
-              "optimizer.offload", "data.threads", "data.records", "sample.*", "train.steps", "train.report",
-              "train.held_out", "train.checkpoint", "train.keep")
+              "optimizer.rate", "optimizer.clip", "optimizer.offload", "data.threads", "data.records", "sample.*",
+              "train.steps", "train.micro_batches", "train.report", "train.held_out*", "train.checkpoint", "train.keep")
 
 
 def abstract_batch(parts: Parts, bucket: Bucket) -> dict[str, jax.ShapeDtypeStruct]:

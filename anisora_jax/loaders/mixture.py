@@ -255,7 +255,8 @@ class Batches(Iterator[dict[str, Any]]):
     if had != self._sizes:
       raise BadInput(f"the buckets' batches were of {', '.join(map(str, had))} clips and are now of "
                      f"{', '.join(map(str, self._sizes))}, so that records would be left out or come twice: go on with "
-                     f"as many devices; a run that is to change them needs ...@{had[0]} in data.buckets at its start.")
+                     "as many devices and micro-batches; a run that is to change them needs "
+                     f"...@{had[0]} in data.buckets at its start.")
     grain.experimental.set_next_index(self._batches, int(number))
 
   def close(self) -> None:

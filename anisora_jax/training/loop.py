@@ -124,8 +124,8 @@ class Settling:
     self.skipped = [*self.skipped, number] if skipped else []
     if len(self.skipped) == PATIENCE:
       raise BadInput(f"{PATIENCE} steps in a row ({self.skipped[0]} to {number}) had a loss or gradient that was "
-                     f"not finite: lower the learning rate, or look at the records named above; the last checkpoint "
-                     f"is good.")
+                     f"not finite: go on with a lower optimizer.rate or optimizer.clip, or look at the records named "
+                     f"above; the last checkpoint is good.")
 
 
 def run(state: Any, step: Callable[[Any, Any], tuple[Any, dict]], batches: Loader, due: Due, effects: Effects,
