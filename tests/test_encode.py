@@ -30,7 +30,9 @@ from anisora_jax.loaders import records as shards
 from anisora_jax.loaders.buckets import Bucket
 from anisora_jax.loaders.records import Records
 from anisora_jax.loaders.video import Size
+from anisora_jax.models.wan import text
 from anisora_jax.models.wan.text import TEXT_SIZES
+from anisora_jax.parallel import mesh as meshes
 from anisora_jax.tasks.masks import TASKS
 from anisora_jax.training import step
 from configs import tiny
@@ -133,6 +135,24 @@ def test_a_lesson_from_latents_is_the_lesson_from_their_clips(records, download)
   for name in ("mask", "held", "frozen"):
     np.testing.assert_array_equal(getattr(found.given, name), getattr(clips.given, name))
   assert clips.given.frozen[:, 0].all() and not clips.given.frozen[:, 1:].any()
+
+
+def test_captions_are_encoded_where_the_rows_of_their_batch_are(records, download, monkeypatch):
+  """Or hosts that share a clip elsewhere, and not there, would give captions of different clips for one row."""
+  made_of = config(records, download, "tiny_wan", mesh__replica=2, mesh__fsdp=1, mesh__seq=4,
+                   data__buckets="9x32x48@8/1,5x32x48@4/2,1x32x48@2")
+  made, seen, through = parts.assemble(made_of), [], text.rows.through
+  captions = encoders.captions(made_of, made.mesh, made.size)
+  monkeypatch.setattr(text.rows, "through", lambda mesh, *rest: seen.append(mesh) or through(mesh, *rest))
+  told = [f"a {word}" for word in ("cat", "dog", "fox", "hen", "owl", "pig", "rat", "yak")]
+  wanted = captions(told)
+  for bucket in made.buckets:
+    there = made.of(bucket)
+    placed = parts.to_devices(there, captions, {"caption": told[:bucket.batch]})
+    split = [mesh.devices.reshape(bucket.batch, -1).tolist() for mesh in (seen[-1], there.mesh)
+             if meshes.batch_shards(mesh) == bucket.batch]
+    assert len(split) == 2 and split[0] == split[1]
+    assert apart(np.asarray(placed["text"]), wanted[:bucket.batch]) < 1e-5
 
 
 @pytest.mark.parametrize("blow", ["before a shard", "after a shard"])

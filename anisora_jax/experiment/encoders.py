@@ -35,7 +35,7 @@ PLACES = {  # field of a config -> where Wan's own downloads keep it, then where
   "text.tokenizer": ("google/umt5-xxl", "tokenizer"),
   "image.weights": ("models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth", "image_encoder"),
 }
-Captions = Callable[[Sequence[str]], Float[np.ndarray, "b s e"]]
+Captions = Callable[..., Float[np.ndarray, "b s e"]]  # captions, maybe a view of the mesh -> their text tokens
 
 
 def place(config: ConfigDict, field: str) -> Path:

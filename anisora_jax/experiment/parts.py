@@ -278,6 +278,7 @@ def to_devices(parts: Parts, captions: Captions | None, batch: dict) -> dict[str
   """A host's batch on the mesh. captions: the text encoder; None where records hold text tokens."""
   host = {name: batch[name] for name in ARRAYS if name in batch}
   if captions:
-    host["text"] = captions(batch["caption"])
+    # On its own mesh: hosts that share a clip there are others than those that would on that of all buckets.
+    host["text"] = captions(batch["caption"], meshes.view(parts.mesh))
   stop = meshes.tell_all(parts.mesh, int(np.max(batch.get("stop", 0))))
   return {**meshes.to_devices(parts.mesh, host), "stop": stop}

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Float
 
 
@@ -26,8 +27,8 @@ class Words:
   tokens: int
   width: int
 
-  def __call__(self, captions: Sequence[str]) -> Float[np.ndarray, "b s e"]:
-    """Captions -> text tokens, rows of zeros after the last word. An empty caption is all zeros."""
+  def __call__(self, captions: Sequence[str], mesh: Mesh | None = None) -> Float[np.ndarray, "b s e"]:
+    """Captions -> text tokens, rows of zeros after the last word, on any mesh. An empty caption is all zeros."""
     text = np.zeros((len(captions), self.tokens, self.width), np.float32)
     for row, caption in zip(text, captions, strict=True):
       for token, word in zip(row, re.findall(r"\w+", caption.lower()), strict=False):

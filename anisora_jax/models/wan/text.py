@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from anisora_jax.models.blocks import KERNELS, RMSNorm
 from anisora_jax.models.wan.tokenizer import Tokenizer
-from anisora_jax.parallel import rows
+from anisora_jax.parallel import placement, rows
 from anisora_jax.parallel.mesh import BATCH, WEIGHTS
 from anisora_jax.parallel.placement import hold
 from anisora_jax.shapes import Text
@@ -158,7 +158,12 @@ class TextEncoder:
   network: UMT5
   tokenizer: Tokenizer
 
-  def __call__(self, params: PyTree, captions: Sequence[str]) -> Float[np.ndarray, "b s e"]:
-    """This host's captions -> their text tokens, float32, rows of zeros after the last token of a caption."""
+  def __call__(self, params: PyTree, captions: Sequence[str], mesh: Mesh | None = None) -> Float[np.ndarray, "b s e"]:
+    """This host's captions -> their text tokens, float32, rows of zeros after the last token of a caption.
+
+    mesh: a view of the network's, on which hosts that hold the same parts of a batch have the same captions.
+    """
+    network = self.network.clone(mesh=mesh or self.network.mesh)
     ids, mask = self.tokenizer(captions)
-    return rows.through(self.network.mesh, partial(encode, self.network, params), {"ids": ids, "mask": mask})
+    work = partial(encode, network, placement.viewed(params, network.mesh))
+    return rows.through(network.mesh, work, {"ids": ids, "mask": mask})
