@@ -369,6 +369,8 @@ WRONG = {  # a config's wrong fields -> what the line must say
   "a codec of other channels": (dict(codec__spatial=4), "channels"),
   "weights that are not there": (dict(model__weights="nowhere"), "nowhere does not exist"),
   "adapters beside nothing": (dict(lora__rank=4), "there is no base to adapt"),
+  "adapters folded into nothing": (dict(model__adapters=f"{ROOT / 'README.md'}=0.8"), "no weights to fold them into"),
+  "adapters that are not there": (dict(model__adapters="none.st", model__weights="nowhere"), "none.st do not exist"),
   "a size nobody made": (dict(model__size="tiney"), "did you mean 'tiny'"),
   "a mesh of another count": (dict(mesh__seq=3), "needs"),
   "two free axes": (dict(mesh__seq=-1), "at most one is -1"),

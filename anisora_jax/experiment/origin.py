@@ -53,8 +53,12 @@ def adapters_of(words: str, expert: str) -> list[Adapter]:
 
 
 def source_of(parts: Parts, config: ConfigDict, expert: str = "") -> weights.Source | None:
-  """The weights that the config names, checked and not yet read; None where it names none. Raises BadInput."""
+  """The weights that the config names, checked and not yet read; None where it names none. Raises BadInput, also where
+  adapters that it would fold into them are not there."""
   path = config.model.weights or config.pretrained
+  if adapters_of(config.model.adapters, expert) and not path:
+    raise BadInput(f"model.adapters is {config.model.adapters!r} and there are no weights to fold them into: give "
+                   "--config.model.weights=PATH or --config.pretrained=FOLDER, or leave them out.")
   return weights.source(Path(path), parts.size, expert) if path else None
 
 
