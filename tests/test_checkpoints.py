@@ -20,6 +20,7 @@ import toy_run as toy
 from anisora_jax.checkpoints import manifest, orbax, workdir
 from anisora_jax.checkpoints.orbax import Checkpoints
 from anisora_jax.errors import BadInput
+from anisora_jax.experiment import runs
 from anisora_jax.parallel import offload
 
 LOADER, CONFIG = {"global_next_index": 2**40 + 1}, {"model": {"sizes": [1, 2]}, "rate": 0.1}
@@ -457,10 +458,20 @@ def test_a_run_goes_on_with_the_fields_that_it_is_older_than_and_says_so(tmp_pat
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "{", '"x"'])
-def test_a_spoilt_config_is_one_line(tmp_path, text):
+def test_a_spoilt_config_is_one_line_for_who_trains_and_who_samples(tmp_path, text):
   (tmp_path / "config.json").write_text(text)
-  with pytest.raises(BadInput, match=r"config\.json is not a config"):
-    workdir.keep_config(tmp_path, {"a": 1})
+  for read in (lambda: workdir.keep_config(tmp_path, {"a": 1}), lambda: runs.saved_config(tmp_path)):
+    with pytest.raises(BadInput, match=r"config\.json is not a config"):
+      read()
+
+
+def test_a_config_is_on_the_disk_before_it_takes_the_place_of_the_old_one(tmp_path, monkeypatch):
+  workdir.keep_config(tmp_path, {"a": 1})
+  seen, sync = [], workdir.os.fsync
+  monkeypatch.setattr(workdir.os, "fsync", lambda number: (sync(number), seen.append(
+    [json.loads((tmp_path / f"config.{end}").read_text()) for end in ("partial", "json")])))
+  workdir.keep_config(tmp_path, {"a": 2}, ["*"])
+  assert seen == [[{"a": 2}, {"a": 1}]] and json.loads((tmp_path / "config.json").read_text()) == {"a": 2}
 
 
 def test_nonsense_is_refused(tmp_path):

@@ -78,6 +78,17 @@ def differences(old: dict, new: dict) -> dict[str, str]:
   return {name: f"{a} -> {b}" for name, (a, b) in show.items() if a != b}
 
 
+def read_config(path: Path) -> dict[str, Any]:
+  """A config.json. Raises BadInput for what is none."""
+  try:
+    config = json.loads(path.read_text())
+  except ValueError:
+    config = None
+  if not isinstance(config, dict):
+    raise BadInput(f"{path} is not a config that can be read: restore it, or take another folder.")
+  return config
+
+
 def keep_config(folder: str | Path, config: dict, may_change: Iterable[str] = ()) -> dict[str, str]:
   """Writes config.json into a new run's folder, or holds config against the one there. Returns what changed, to say.
 
@@ -88,12 +99,7 @@ def keep_config(folder: str | Path, config: dict, may_change: Iterable[str] = ()
   path, allowed = Path(folder) / "config.json", list(may_change)
   changed: dict[str, str] = {}
   if path.exists():
-    try:
-      old = json.loads(path.read_text())
-    except ValueError:
-      old = None
-    if not isinstance(old, dict):
-      raise BadInput(f"{path} is not a config that can be read: restore it, or take another folder.")
+    old = read_config(path)
     known, changed = flatten(old), differences(old, config)
     refused = [f"{name}: {change}" for name, change in changed.items()
                if name in known and not any(fnmatch.fnmatchcase(name, pattern) for pattern in allowed)]
@@ -103,9 +109,12 @@ def keep_config(folder: str | Path, config: dict, may_change: Iterable[str] = ()
     changed = {name: change if name in known else f"{change}, for the run is older than this field"
                for name, change in changed.items()}
   if jax.process_index() == 0 and (changed or not path.exists()):
-    # A rename, so that a kill leaves the old file or the new one.
+    # A rename, so that a kill leaves the old file or the new one; of bytes on the disk, so that a power cut does, too.
     partial = path.with_suffix(".partial")
     with usable(Path(folder)):
-      partial.write_text(json.dumps(config, indent=2) + "\n")
+      with partial.open("w") as file:
+        file.write(json.dumps(config, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
       partial.replace(path)
   return changed

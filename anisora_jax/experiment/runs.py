@@ -1,11 +1,11 @@
 """A run's folder, as the assembly reads it."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from anisora_jax.checkpoints import workdir
 from anisora_jax.errors import BadInput
 
 
@@ -25,9 +25,9 @@ class Saved(ConfigDict):
 
 
 def saved_config(folder: Path) -> ConfigDict:
-  """The config of the run in a folder. Raises BadInput where there is none."""
+  """The config of the run in a folder. Raises BadInput where there is none that can be read."""
   path = folder / "config.json"
   if not path.is_file():
     raise BadInput(f"{folder} holds no run, it has no config.json: give the --workdir of a training run.")
-  fields = json.loads(path.read_text())
+  fields = workdir.read_config(path)
   return Saved({name: Saved(value) if isinstance(value, dict) else value for name, value in fields.items()})
