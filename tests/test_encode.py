@@ -25,8 +25,9 @@ from drawn import packed
 from anisora_jax import errors, keys
 from anisora_jax.errors import BadInput
 from anisora_jax.experiment import encode, encoders, parts, train
-from anisora_jax.loaders import latents
+from anisora_jax.loaders import latents, tfds
 from anisora_jax.loaders import records as shards
+from anisora_jax.loaders.assign import Deal
 from anisora_jax.loaders.buckets import Bucket
 from anisora_jax.loaders.records import Records
 from anisora_jax.loaders.video import Size
@@ -222,6 +223,36 @@ def test_a_pack_of_clips_too_short_for_a_bucket_is_left_out_of_it_alone(records,
   found = encode.jobs(plain, tmp_path / "out")
   assert [(job.bucket.frames, [source.seconds for source in job.sources]) for job in found] == 2 * [
     (9, [1.7]), (5, [1.7, 0.5])]
+
+
+def test_windows_of_all_sources_have_numbers_of_their_own_that_devices_know(records):
+  """Of two sources of two million clips each, which are one clip."""
+  class Many(tfds.TfdsClips):
+    name, seconds = "many", None
+    def __init__(self):
+      pass
+    def __len__(self):
+      return 2_000_000
+    def __getitem__(self, number):
+      return tfds.Pixels(f"many/{number}", "", None, [np.zeros((8, 8, 3), np.uint8)] * 9)
+
+  bucket = Bucket(3, 8, 8, 1)
+  found = [window for number in (0, 1_999_999, 2_000_000, 3_999_999)
+           for window in encode.windows([Many(), Many()], bucket, Deal((bucket,)), 12.0, number)]
+  numbers = {window.number for window in found}
+  assert len(found) == len(numbers) == 4 * 3 and min(numbers) >= 0 and max(numbers) < 2**31
+  assert {window.clip.id for window in found} == {"many/0", "many/1999999"}
+
+
+def test_a_folder_begun_when_each_source_had_numbers_from_0_does_not_go_on_with_others(records, tmp_path):
+  plain = tiny.get_config()
+  plain.data.records, plain.data.buckets = str(records), "9x32x48@8"
+  before = encode.settings_of(plain)
+  assert "numbers" not in before  # those of one source are as they were
+  plain.data.records = f"{records},{records}"
+  (tmp_path / encode.SETTINGS).write_text(json.dumps({**before, "records": 2 * before["records"]}))
+  with pytest.raises(BadInput, match='numbers: absent -> "over all sources"'):
+    encode.begin(plain, tmp_path, print)
 
 
 def test_one_bad_clip_is_left_out_and_named(records, tmp_path, capsys):

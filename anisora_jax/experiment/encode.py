@@ -37,6 +37,7 @@ from anisora_jax.training import views
 SETTINGS = "settings.json"
 PART = 32   # source records of one shard, which is what an interrupted run has to do again
 TEXTS = 8   # captions that are encoded at once
+NUMBERS = 2**31  # of windows, which devices know as int32; far apart, two may have the same
 EDGE = 2**20  # bytes at both ends of a weight file by which it is known again
 
 
@@ -73,7 +74,7 @@ def settings_of(config: ConfigDict) -> dict[str, Any]:
       return path
     return hashlib.sha256((Path(path).expanduser() / records.INDEX).read_bytes()).hexdigest()[:16]
 
-  said, codec = learned(config), config.codec.to_dict()
+  said, codec, sources = learned(config), config.codec.to_dict(), mixture.parse(config.data.records)
   about = {name: codec[name] for name in ("spatial", "temporal", "scale", "dtype", "tile", "overlap")}
   return {**said, "codec settings": about, "text dtype": config.text.dtype, "image dtype": config.image.dtype,
           "codec weights": weights("codec.weights", said["codec"] != "pixels"),
@@ -83,7 +84,9 @@ def settings_of(config: ConfigDict) -> dict[str, Any]:
           "buckets": [latents.size_name(bucket) for bucket in parse(config.data.buckets)],
           **({} if config.data.assign == "any" else {"assign": config.data.assign}),
           "views": config.data.views, "seed": config.seed, "part": PART,
-          "records": [source(one.path) for one in mixture.parse(config.data.records)]}
+          # Once they began at 0 in each source, so that a folder begun then would be of both.
+          **({"numbers": "over all sources"} if len(sources) > 1 else {}),
+          "records": [source(one.path) for one in sources]}
 
 
 def empty_text(parts: Parts, config: ConfigDict) -> Float[np.ndarray, "s e"]:
@@ -111,7 +114,7 @@ def empty_text(parts: Parts, config: ConfigDict) -> Float[np.ndarray, "s e"]:
 
 @dataclass(frozen=True)
 class Window:
-  """A piece of a clip, of a bucket's size. number: of this window among all of a split."""
+  """A piece of a clip, of a bucket's size. number: of this window among all of a split, for draws of its own."""
 
   clip: Any
   first: int
@@ -157,22 +160,23 @@ def windows(sources: Sequence[Any], bucket: Bucket, deal: Deal, fps: float,
 
   There are none where the clip is assigned to another bucket of the deal.
   """
+  place = number
   for source in sources:
-    if number < len(source):
+    if place < len(source):
       break
-    number -= len(source)
+    place -= len(source)
   try:
-    clip, found = source[number], []
+    clip, found = source[place], []
     if deal.assign == "fit" and deal.buckets[assign.fit(assign.size(clip, fps)[None], deal.buckets)[0]] != bucket:
       return []
     span, spare = clip_rows.spans(clip, bucket, fps)
     step = int(span[-1]) + 1
     for first in range(0, spare + 1, step):
       frames, character = clip.look(first + span, video.Size(bucket.height, bucket.width))
-      found.append(Window(clip, first, number * 1000 + len(found), frames, character))
+      found.append(Window(clip, first, (number * 1000 + len(found)) % NUMBERS, frames, character))
     return found
   except video.Unreadable as error:
-    return f"{source.name} record {number}", str(error)
+    return f"{source.name} record {place}", str(error)
 
 
 def ahead(pool: ThreadPoolExecutor, work: Callable, items: Iterable, count: int) -> Iterator:
