@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
   })
   config.model = ConfigDict({
     "size": "tiny",           # in anisora_jax/models/wan/sizes.py
-    "weights": "",            # to start from: a file or folder of published weights, or a run; "" for random ones
+    "weights": "",            # to start from: a file or folder of published weights, a run, or one of its checkpoints
     "expert": "",             # of two, as in Wan 2.2 A14B, which is trained: high_noise or low_noise
     "adapters": "",           # files folded into the weights first: "A", "A=0.8,B"; of one expert "low_noise:A=0.8"
     # Over clip and seq: ring, ring_both, ulysses, hybrid; full where both are 1, as all are there; local_global, which

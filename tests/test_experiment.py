@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from anisora_jax.adapters import files
 from anisora_jax.adapters.lora import Lora
 from anisora_jax.checkpoints.orbax import Checkpoints
 from anisora_jax.errors import BadInput
-from anisora_jax.experiment import adapters, convert, parts, runs, sample, studio, train
+from anisora_jax.experiment import adapters, convert, origin, parts, runs, sample, studio, train, weights
 from anisora_jax.loaders import buckets
 from anisora_jax.models.wan.names import NAMINGS, entries
 from anisora_jax.parallel import mesh as meshes
@@ -430,6 +431,53 @@ def test_a_run_without_a_checkpoint_may_be_begun_otherwise_and_tells_of_random_w
     train.train(settings(records, **changes), tmp_path, said.append)
   assert runs.saved_config(tmp_path).train.micro_batches == 2
   assert "\n".join(said).count("\nstarts from random weights; --config.pretrained=FOLDER") == 2
+
+
+def test_adapters_stay_beside_the_checkpoint_that_they_began_with(records, tmp_path, monkeypatch):
+  """Their base trains on; they are resumed, sampled and merged."""
+  def goes(folder: Path, step: int, **changes):
+    def saves(now, advance, batches, due, effects, *_):
+      effects.save(step, now, batches.position)
+      effects.wait()
+      return now, step, False
+
+    monkeypatch.setattr(train.loop, "run", saves)
+    train.train(settings(records, data__buckets="5x16x24@8", train__held_out=0, **changes), folder, lambda line: None)
+
+  base, tuned, taken, find = tmp_path / "base", tmp_path / "tuned", [], weights.leaves.find
+  adapted = dict(model__weights=str(base), lora__rank=2)
+  monkeypatch.setattr(weights.leaves, "find", lambda path, *more: (taken.append(Path(path)), find(path, *more))[1])
+  goes(base, 1)
+  goes(tuned, 1, **adapted)
+  goes(base, 2)
+  goes(tuned, 2, **adapted)
+  studio.open_run(tuned, {}, count=1)
+  convert.convert(tuned, tmp_path / "merged", "ours", say=lambda line: None)
+  of_base = [path.relative_to(base) for path in taken if path.is_relative_to(base)]
+  assert of_base == [Path("checkpoints/1")] * 4
+
+
+def test_adapters_whose_checkpoint_is_gone_are_refused_and_one_that_moved_is_found(tmp_path):
+  def checkpoint(run: str, files: str) -> Path:
+    folder = tmp_path / run / "checkpoints" / "3"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text(files)
+    return folder
+
+  def base(run: str) -> str:
+    return origin.base_of(tmp_path, settings(tmp_path, model__weights=str(tmp_path / run), lora__rank=2))
+
+  assert base("base") == str(tmp_path / "base")  # of a run from before it was written down
+  own, config = checkpoint("base", "{}"), settings(tmp_path, model__weights=str(tmp_path / "base"), lora__rank=2)
+  source = weights.Source(tmp_path / "base", weights.FROM_PARAMS, parts.SIZES["tiny"], {}, (own, "state", "params"))
+  origin.remember(tmp_path, config, source)
+  elsewhere = checkpoint("moved", "{}")
+  checkpoint("other", "[]")
+  assert base("base") == str(own) and base("moved") == str(elsewhere) and base("other") == str(tmp_path / "other")
+  for harm in (lambda: (own / "manifest.json").write_text("[]"), lambda: shutil.rmtree(own)):
+    harm()
+    with pytest.raises(BadInput, match=r"trained beside step 3 of .*base, which is gone or another by now: restore "):
+      base("base")
 
 
 def test_a_run_goes_on_with_another_rate_and_with_micro_batches_that_leave_its_batches_as_they_are(

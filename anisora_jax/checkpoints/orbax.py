@@ -200,6 +200,14 @@ class Checkpoints:
       raise BadInput(f"{self.folder} holds no good checkpoint: restore it from a copy, or start in another folder.")
     return self.folder / str(step)
 
+  def whole(self, step: int) -> Path:
+    """The folder of one checkpoint, on every host. Raises BadInput where its bytes are not all as written."""
+    path = self.folder / str(step)
+    wrong = manifest.fault(path, step) if jax.process_index() == 0 else None
+    if not agreed(wrong is None):
+      raise BadInput(f"{path} is damaged: {wrong or 'as the first host says'}; restore it from a copy.")
+    return path
+
   def config(self, step: int) -> dict:
     """The config that a checkpoint was saved with."""
     return ocp.checkpointables_metadata(self.folder / str(step)).custom_metadata["config"]

@@ -1,6 +1,7 @@
 """A run's folder: one trainer at a time, one config for its whole life.
 
     config.json   what the run was started with       lock   who trains here now
+    base.json     of adapters beside another run: which checkpoint of that
 """
 
 import fcntl
@@ -78,8 +79,21 @@ def differences(old: dict, new: dict) -> dict[str, str]:
   return {name: f"{a} -> {b}" for name, (a, b) in show.items() if a != b}
 
 
+def write_config(path: Path, config: dict) -> None:
+  """Writes a JSON file of a run's folder whole or not at all; the first host does it. Raises BadInput."""
+  if jax.process_index() == 0:
+    # A rename, so that a kill leaves the old file or the new one; of bytes on the disk, so that a power cut does, too.
+    partial = path.with_suffix(".partial")
+    with usable(path.parent):
+      with partial.open("w") as file:
+        file.write(json.dumps(config, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+      partial.replace(path)
+
+
 def read_config(path: Path) -> dict[str, Any]:
-  """A config.json. Raises BadInput for what is none."""
+  """What such a file holds. Raises BadInput for one that cannot be read."""
   try:
     config = json.loads(path.read_text())
   except ValueError:
@@ -108,13 +122,6 @@ def keep_config(folder: str | Path, config: dict, may_change: Iterable[str] = ()
                      "version that wrote it, or take another folder.")
     changed = {name: change if name in known else f"{change}, for the run is older than this field"
                for name, change in changed.items()}
-  if jax.process_index() == 0 and (changed or not path.exists()):
-    # A rename, so that a kill leaves the old file or the new one; of bytes on the disk, so that a power cut does, too.
-    partial = path.with_suffix(".partial")
-    with usable(Path(folder)):
-      with partial.open("w") as file:
-        file.write(json.dumps(config, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-      partial.replace(path)
+  if changed or not path.exists():
+    write_config(path, config)
   return changed

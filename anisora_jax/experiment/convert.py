@@ -108,7 +108,7 @@ def _tuned(run: Path, ema: bool, dtype: np.dtype | None) -> dict[str, Source]:
   config = saved_config(run)
   size, expert = pick(SIZES, config.model.size, "model size"), config.model.expert
   try:
-    made = base_of(Path(config.model.weights or config.pretrained), size, expert, dtype=dtype)
+    made = base_of(Path(origin.base_of(run, config)), size, expert, dtype=dtype)
     for adapter in origin.adapters_of(config.model.adapters, expert):  # what its base was given before it was tuned
       made = made.with_adapters(flatten_dict(adapter.read(size), sep="/"), adapter.scale, dtype)
   except BadInput as mistake:

@@ -11,11 +11,14 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from anisora_jax.adapters import lora
+from anisora_jax.checkpoints import manifest, workdir
 from anisora_jax.errors import BadInput
 from anisora_jax.experiment import adapters as published
 from anisora_jax.experiment import weights
 from anisora_jax.experiment.parts import Parts, abstract_params
 from anisora_jax.models.wan.sizes import Size
+
+BASE = "base.json"
 
 
 @dataclass(frozen=True)
@@ -52,10 +55,38 @@ def adapters_of(words: str, expert: str) -> list[Adapter]:
   return found
 
 
-def source_of(parts: Parts, config: ConfigDict, expert: str = "") -> weights.Source | None:
+def base_of(folder: Path, config: ConfigDict) -> str:
+  """The weights beside which the adapters of the run in `folder` are trained: of another run the checkpoint that was
+  its newest at their first step. Raises BadInput where that is gone or another."""
+  named, path = config.model.weights or config.pretrained, folder / BASE
+  if not path.is_file():
+    return named
+  said = workdir.read_config(path)
+  checkpoint = Path(named) / "checkpoints" / str(said["step"])
+  if (checkpoint / manifest.NAME).is_file() and manifest.sha256(checkpoint / manifest.NAME) == said["manifest"]:
+    return str(checkpoint)
+  if named != said["weights"]:  # others are wanted, as is said when the run goes on
+    return named
+  raise BadInput(f"{folder} holds adapters that were trained beside step {said['step']} of {named}, which is gone or "
+                 f"another by now: restore {checkpoint} from a copy, or train on beside other --config.model.weights.")
+
+
+def remember(folder: Path, config: ConfigDict, source: weights.Source | None) -> None:
+  """Writes down, for `base_of`, beside which checkpoint of another run the adapters of the one in `folder` begin."""
+  checkpoint = source and source.checkpoint and source.checkpoint[0]
+  if config.lora.rank and checkpoint and (checkpoint / manifest.NAME).is_file():
+    workdir.write_config(folder / BASE, {
+      "weights": config.model.weights or config.pretrained, "step": int(checkpoint.name),
+      "manifest": manifest.sha256(checkpoint / manifest.NAME)})
+
+
+def source_of(parts: Parts, config: ConfigDict, expert: str = "", run: Path | None = None) -> weights.Source | None:
   """The weights that the config names, checked and not yet read; None where it names none. Raises BadInput, also where
-  adapters that it would fold into them are not there."""
-  path = config.model.weights or config.pretrained
+  adapters that it would fold into them are not there.
+
+  run: the folder of one whose adapters are beside them.
+  """
+  path = base_of(run, config) if run else config.model.weights or config.pretrained
   if adapters_of(config.model.adapters, expert) and not path:
     raise BadInput(f"model.adapters is {config.model.adapters!r} and there are no weights to fold them into: give "
                    "--config.model.weights=PATH or --config.pretrained=FOLDER, or leave them out.")

@@ -261,12 +261,13 @@ def open_run(folder: Path, changes: Mapping[str, object], adapters: str = "", co
     raise BadInput(f"{folder} holds no finished checkpoint: train it first, with train --workdir {folder}.")
   tuned = config.model.expert
   origin.adapters_of(adapters, tuned)  # refused now, not after the captions are encoded
+  base = origin.source_of(parts, config, tuned, folder) if parts.lora else None
 
   def read() -> PyTree:
     if parts.lora:
       with checkpoints:
         _, now, _ = checkpoints.restore(state.TrainState(step=..., params=..., ema=abstract_trained(parts), opt=...))
-      start = origin.read(parts, config, origin.source_of(parts, config, tuned), True, tuned)
+      start = origin.read(parts, config, base, True, tuned)
       made = origin.folded(start, now.ema, parts.lora.scale)
     else:  # stored in float32 and wanted in the dtype of arithmetic
       made = weights.read(weights.find(folder, ema=True)[""], abstract_params(parts, kept=True))

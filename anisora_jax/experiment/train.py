@@ -208,11 +208,12 @@ def train(config: ConfigDict, folder: Path, say: Callable[[str], None] = print) 
                    config.train.held_out_batches)
     plain = json.loads(config.to_json_best_effort())
     newest = Checkpoints(folder / "checkpoints").last()
-    fresh = newest == 0
-    source = origin.source_of(parts, config, config.model.expert) if parts.lora or fresh else None
+    fresh, begun = newest == 0, folder if newest else None
+    source = origin.source_of(parts, config, config.model.expert, begun) if parts.lora or fresh else None
     frozen, captions = frozen_parts(parts, config)
     for field, change in workdir.keep_config(folder, plain, ("*",) if fresh else MAY_CHANGE).items():
       say(f"{'begins' if fresh else 'resumes'} with another {field}: {change}")
+    origin.remember(folder, config, source)
     see_what_the_first_sees(folder, newest)
     with Checkpoints(folder / "checkpoints", keep=config.train.keep, say=say) as checkpoints:
       began, start = 0, source and origin.read(parts, config, source, bool(parts.lora), config.model.expert)

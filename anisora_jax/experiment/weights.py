@@ -13,7 +13,7 @@ from flax.traverse_util import unflatten_dict
 from jaxtyping import PyTree
 from tqdm.auto import tqdm
 
-from anisora_jax.checkpoints import leaves, weights
+from anisora_jax.checkpoints import leaves, manifest, weights
 from anisora_jax.checkpoints.orbax import Checkpoints
 from anisora_jax.checkpoints.tensor_file import Made, Tensor, cast
 from anisora_jax.errors import BadInput, pick
@@ -84,9 +84,12 @@ def find(path: Path, ema: bool = False, dtype: np.dtype | None = None,
   """
   path = Path(path)
   if not path.exists():
-    raise BadInput(f"{path} does not exist: give a weight file, or the folder of weights or of a run.")
+    raise BadInput(f"{path} does not exist: give a weight file, or the folder of weights, of a run or of one of "
+                   "its checkpoints.")
   if (path / "checkpoints").is_dir():
     return {"": _run(path, ema)}
+  if path.parent.name == "checkpoints" and (path / manifest.NAME).is_file():
+    return {"": _run(path.parent.parent, ema, int(path.name))}
   if ema:
     raise BadInput(f"{path} is no folder of a run, which alone has averaged parameters: leave out --ema.")
   places = _experts(path) if path.is_dir() else {"": path}
@@ -150,13 +153,15 @@ def _config(folder: Path, kind: Kind) -> dict[str, Any]:
   return config if told else {}
 
 
-def _run(folder: Path, ema: bool) -> Source:
+def _run(folder: Path, ema: bool, step: int = 0) -> Source:
+  """step: of the checkpoint, 0 for the newest."""
   config = saved_config(folder)
   if config.lora.rank:
     raise BadInput(f"{folder} holds adapters and no whole network: convert it to the format ours, which adds them to "
                    "the weights beside which they were trained, and give that.")
   size = pick(SIZES, config.model.size, "model size")
-  checkpoint = Checkpoints(folder / "checkpoints").newest()
+  checkpoints = Checkpoints(folder / "checkpoints")
+  checkpoint = checkpoints.whole(step) if step else checkpoints.newest()
   return _ours(folder, size, (checkpoint, "state", "ema" if ema else "params"))
 
 
