@@ -482,23 +482,27 @@ def test_adapters_whose_checkpoint_is_gone_are_refused_and_one_that_moved_is_fou
 
 def test_a_run_goes_on_with_another_rate_and_with_micro_batches_that_leave_its_batches_as_they_are(
     records, tmp_path, monkeypatch):
-  """One that is no longer finite is told to lower its rate. Batches are of 24 clips, as data.tokens says."""
+  """One that is no longer finite is told to lower its rate. Batches are of 24 clips, as data.tokens says; those that
+  went on are of fewer records under the same name."""
   def saves(now, advance, batches, due, effects, *_):
     effects.save(1, now, batches.position)
     effects.wait()
     return now, 1, False
 
   def goes(**changes):
-    made = settings(records, data__buckets="5x16x24", data__tokens=24 * 5 * 4 * 6, train__held_out=0, **changes)
-    train.train(made, tmp_path, said.append)
+    made = settings(there, data__buckets="5x16x24", data__tokens=24 * 5 * 4 * 6, train__held_out=0, **changes)
+    train.train(made, tmp_path / "run", said.append)
 
-  said = []
+  said, there = [], copy_of(records, tmp_path / "records")
   monkeypatch.setattr(train.loop, "run", saves)
   goes()
+  shutil.rmtree(there)
+  write_folder(there, [clip_of("a"), clip_of("b")])
   changes = dict(optimizer__rate=1e-4, optimizer__clip=0.5, train__held_out_batches=3, train__micro_batches=3)
   goes(**changes)
   told = "\n".join(said)
-  assert all(f"resumes with another {name.replace('__', '.')}: " in told for name in changes) and "after step 1" in told
+  assert all(f"resumes with another {name.replace('__', '.')}: " in told for name in changes)
+  assert re.search("resumes after step 1 of 120, among 2 clips where there were [0-9]+: records are others", told)
   with pytest.raises(BadInput, match=r"were of 24 clips and are now of 16, .* as many devices and micro-batches"):
     goes(train__micro_batches=2)
 

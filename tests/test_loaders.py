@@ -264,6 +264,13 @@ def test_batches_of_another_size_do_not_go_on(folders):
     Batches(folders[0], "5x32x48@2,1x16x16@8", fps=12).seek(position)
 
 
+def test_records_that_are_others_than_they_were_are_told_of(folders):
+  position, other = Batches(folders[0], "5x32x48@4", fps=12).position, Batches(folders[1], "5x32x48@4", fps=12)
+  assert other.seek(position).startswith(", among 4 clips where there were 10: ") and other.seek(other.position) == ""
+  del position["clips"]  # as runs saved it that are older
+  assert other.seek(position) == ""
+
+
 def test_a_host_reads_its_share_only(folders, monkeypatch):
   read, original = [], records.Records.__getitem__
   def noted(self, number):

@@ -45,7 +45,7 @@ RANDOM = "starts from random weights; --config.pretrained=FOLDER or --config.mod
 # What a run may be resumed with otherwise, which is then said: where and how fast it runs and what it tells. Some may
 # change what it learns from then on: train.steps moves the end of cosine and wsd, optimizer.rate and clip help where it
 # is no longer finite, data.records changes the clips, and other weights the base of adapters and the encoders. Folders
-# may have moved, so that they hold the same is not checked.
+# may have moved, so that they hold the same is not checked, but for a base that is a run, and how many clips there are.
 # Before its first checkpoint, as when a step did not fit the memory, it may take anything.
 MAY_CHANGE = ("mesh.*", "pretrained", "*.weights", "text.tokenizer", "model.attention", "model.kernel", "model.remat",
               "optimizer.rate", "optimizer.clip", "optimizer.offload", "data.threads", "data.records", "sample.*",
@@ -219,8 +219,8 @@ def train(config: ConfigDict, folder: Path, say: Callable[[str], None] = print) 
       began, start = 0, source and origin.read(parts, config, source, bool(parts.lora), config.model.expert)
       if not fresh:
         began, now, position = checkpoints.restore(abstract)
-        batches.seek(position)
-        say(f"resumes after step {began} of {config.train.steps}.")
+        others = batches.seek(position)
+        say(f"resumes after step {began} of {config.train.steps}{others}.")
       else:
         now = make(start)
       frozen = frozen.replace(base=start if parts.lora else None)

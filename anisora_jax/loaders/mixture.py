@@ -26,7 +26,7 @@ from anisora_jax.loaders import assign, latents, packing, records, rows, tfds
 from anisora_jax.loaders import buckets as bucket_sizes
 from anisora_jax.loaders.clips import Clips, refuse_short
 
-POSITION, BATCHES = "global_next_index", "batches"
+POSITION, BATCHES, CLIPS = "global_next_index", "batches", "clips"
 Share = Callable[[bucket_sizes.Bucket], tuple[Sequence[int], int]]  # which parts of a batch are a host's, of how many
 
 
@@ -242,11 +242,14 @@ class Batches(Iterator[dict[str, Any]]):
   @property
   def position(self) -> dict[str, Any]:
     """The number of the global batch that comes next, all that a checkpoint must hold to go on exactly here; and of how
-    many rows are the batches of each bucket, without which it says nothing."""
-    return {POSITION: grain.experimental.get_next_index(self._batches), BATCHES: self._sizes}
+    many rows are the batches of each bucket, without which it says nothing; and how many clips come in a pass."""
+    return {POSITION: grain.experimental.get_next_index(self._batches), BATCHES: self._sizes, CLIPS: self.length}
 
-  def seek(self, position: dict[str, Any]) -> None:
-    """Goes to a position that a Batches of the same sources, buckets, fps and seed had, on any number of hosts."""
+  def seek(self, position: dict[str, Any]) -> str:
+    """Goes to a position that a Batches of the same sources, buckets, fps and seed had, on any number of hosts.
+
+    Returns what is to be said where records are seen to be others than those it was among, and "" where not.
+    """
     number = position.get(POSITION)
     if not isinstance(number, (int, np.integer)) or number < 0:
       raise BadInput(f"loader position {position!r} is not of the form {{{POSITION!r}: 12}}: the checkpoint is damaged "
@@ -258,6 +261,9 @@ class Batches(Iterator[dict[str, Any]]):
                      "as many devices and micro-batches; a run that is to change them needs "
                      f"...@{had[0]} in data.buckets at its start.")
     grain.experimental.set_next_index(self._batches, int(number))
+    clips = position.get(CLIPS, self.length)
+    return "" if clips == self.length else (f", among {self.length} clips where there were {clips}: records are others "
+                                            "than they were, and come in another order")
 
   def close(self) -> None:
     """Stops the threads."""
