@@ -29,7 +29,7 @@ from anisora_jax.tasks.masks import TASKS, Scene
 from anisora_jax.training import report
 
 ENDINGS = (".mp4", ".gif", ".png")  # of what is written of one film
-EXACT = 100.0  # one still clip repeated, of infinite PSNR, must not decide a mean, which no JSON could hold
+EXACT = 100.0  # dB in a mean; of a still clip that is repeated PSNR is infinite, which would be all of the mean
 
 
 @dataclass(frozen=True)

@@ -164,11 +164,13 @@ class Studio:
 
   def refuse_unseen(self, mask: Masks) -> None:
     """Raises BadInput for latent frames of which something is given that a network without a mask could not see."""
+    if self.parts.size.given:
+      return
     stride = self.parts.codec.temporal
     packed = np.asarray(conditions.pack(jnp.asarray(mask), stride)) > 0
     told = packed.all((0, 2, 3, 4)) & (self.config.sample.multiplier != 1)
     frames = packed.any((0, 2, 3, 4)) & ~told
-    if self.parts.size.given or not frames.any():
+    if not frames.any():
       return
     number = int(frames.argmax())
     covered = f"frames {stride * (number - 1) + 1} .. {stride * number}" if number else "frame 0"
