@@ -251,6 +251,7 @@ def test_a_folder_begun_when_each_source_had_numbers_from_0_does_not_go_on_with_
   assert "numbers" not in before  # those of one source are as they were
   plain.data.records = f"{records},{records}"
   (tmp_path / encode.SETTINGS).write_text(json.dumps({**before, "records": 2 * before["records"]}))
+  encode.note_of(tmp_path / "9x32x48-train-00000.arrayrecord").touch()
   with pytest.raises(BadInput, match='numbers: absent -> "over all sources"'):
     encode.begin(plain, tmp_path, print)
 
