@@ -34,16 +34,18 @@ def main() -> None:
   made = parts.assemble(config, count=1)
   chain, _ = optimizer.build(made.optimizer, parts.abstract_params(made))
   abstract, make = train.training_state(made, chain)
-  state, step = make(), train.compiled_step(made, chain, abstract)
+  frozen, captions = train.frozen_parts(made, config)
+  state, step = make(None), train.compiled_step(made, chain, abstract)
   bucket, rng = made.buckets[0], np.random.default_rng(0)
   shape = (bucket.batch, bucket.frames, bucket.height, bucket.width)
-  batch = parts.to_devices(made, {"frames": rng.integers(0, 255, (*shape, 3), np.uint8), "caption": [""] * bucket.batch,
-                                  "character": np.zeros(shape, bool), "ok": np.ones(bucket.batch, np.float32)})
+  batch = parts.to_devices(made, captions, {
+    "frames": rng.integers(0, 255, (*shape, 3), np.uint8), "caption": [""] * bucket.batch,
+    "character": np.zeros(shape, bool), "ok": np.ones(bucket.batch, np.float32)})
   seconds, stalls = [], []
   with tempfile.TemporaryDirectory() as folder, Checkpoints(folder, say=print) as checkpoints:
     for number in range(1, STEPS.value + 1):
       began = time.perf_counter()
-      state, measures = step(state, batch)
+      state, measures = step(state, batch, frozen)
       jax.block_until_ready(measures)
       seconds.append(time.perf_counter() - began)
       if number % EVERY.value == 0:
