@@ -35,7 +35,7 @@ test: .venv/test
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 proof: .venv/test
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m product $(addprefix tests/test_,product.py schemes.py mesh.py aot.py experiment.py)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m product $(addprefix tests/test_,product.py schemes.py mesh.py aot.py experiment.py bench.py)
 
 lint: .venv/test
 	$(BIN)/ruff check .
