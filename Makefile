@@ -19,7 +19,7 @@ help:
 .venv/base: pyproject.toml
 	@echo "+ $(PYTHON) -m venv .venv, with anisora_jax and what draws and cuts films"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
-	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[data]'
 	@touch $@
 

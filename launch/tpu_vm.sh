@@ -36,7 +36,7 @@ able='import ensurepip, sys; sys.exit(sys.version_info < (3, 11))'
 python=\$(for p in python3.12 python3.11 python3; do \$p -c \"\$able\" 2>/dev/null && echo \$p && break; done) || {
   sudo apt-get update -q && sudo apt-get install -qy python3.11-venv && python=python3.11  # images bring 3.10
 }
-.venv/bin/python -m pip --version >/dev/null 2>&1 || \$python -m venv .venv --clear
+.venv/bin/python -m pip --version >/dev/null 2>&1 || \$python -m venv .venv
 .venv/bin/python -m pip install --quiet --editable '.[tpu]'
 nohup .venv/bin/python -u -m anisora_jax.train $(printf '%q ' "${words[@]}")>>train.log 2>&1 </dev/null &
 echo \$! >train.pid"
